@@ -1,0 +1,111 @@
+"""medvision predict: find lesions in scans with a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medvision.cli.errors import complain
+from medvision.cli.options import (
+    Debug,
+    Device,
+    Json,
+    Quiet,
+    check_holds_scan,
+    check_run,
+    check_writable,
+    epilog,
+)
+from medvision.cli.session import Session
+
+EPILOG = epilog(
+    "medvision predict runs/nodules data/series -o out",
+    "medvision predict runs/nodules scan.nii.gz -o out --score-thresh 0.3",
+)
+_LISTED_FAILURES = 10
+
+
+def predict(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that medvision train wrote.")],
+    scans: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SCANS",
+            help="A DICOM folder; a .nii.gz, .mha or .nrrd file; or a folder of these.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for the findings.")
+    ],
+    series: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SERIES", help="Only the DICOM series of this UID, number or description."
+        ),
+    ] = None,
+    score_thresh: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SCORE",
+            min=0,
+            max=1,
+            help="Keep findings that score this or more; if not given, as the run says.",
+        ),
+    ] = None,
+    device: Device = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Compute again what OUT holds already.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Find lesions in scans with a trained model.
+
+    The findings of each scan are written to a folder in OUT, as tables and as files that viewers
+    open. A scan that is refused does not stop the others; it is listed at the end.
+    """
+    session: Session = context.obj
+    session.start(json=json, quiet=quiet, debug=debug)
+    check_run(run)
+    check_holds_scan(scans)
+    check_writable(out)
+    session.log_in(out)
+    from medvision.batch import predict_scans
+
+    with session.work() as (on_progress, should_stop):
+        batch = predict_scans(
+            run,
+            scans,
+            out,
+            series=series,
+            device=device,
+            score_thresh=score_thresh,
+            on_progress=on_progress,
+            should_stop=should_stop,
+            overwrite=overwrite,
+        )
+    done, kept, failed = (batch.with_status(status) for status in ("done", "kept", "failed"))
+    for one in failed[:_LISTED_FAILURES]:
+        complain([f"Failed: {one.case_id}: {one.reason}"])
+    usable = [*done, *kept]
+    healthy = sum(one.findings == 0 for one in usable)
+    following = f"medvision report {out} --truth LABELS -o {out / 'report.html'}"
+    return session.finish(
+        f"{len(usable)} of {len(batch.outcomes)} scans done",
+        {
+            "findings": sum(one.findings for one in usable),
+            "scans": f"{len(usable) - healthy} with findings, {healthy} without",
+            "kept": f"{len(kept)} were there already" if kept else None,
+            "failed": f"{len(failed)}, reasons in {out / 'summary.json'}" if failed else None,
+            "skipped": f"{len(batch.skipped)} paths that are no scan" if batch.skipped else None,
+            "output": out,
+            "log": session.log_path,
+            "next": following if usable else None,
+        },
+        {"summary": batch, "output": out, "next": following if usable else None},
+        exit_code=(4 if usable else 3) if failed else 0,
+    )

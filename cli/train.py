@@ -1,0 +1,124 @@
+"""medvision train: learn to find lesions from a folder of labelled scans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medvision.cli.options import (
+    Debug,
+    Json,
+    Quiet,
+    check_holds_scan,
+    check_new_run,
+    check_writable,
+    epilog,
+    known_device,
+)
+from medvision.cli.session import Session
+from medvision.cli.settings import build_config
+
+EPILOG = epilog(
+    "medvision train data/train -o runs/nodules",
+    "medvision train data/train -o runs/nodules --set sampling.crop_size=96",
+    "medvision train data/train -o runs/nodules --resume",
+)
+# As in TrainConfig; written here because a help page must not import it. A test compares them.
+DEFAULTS = {"steps": "1500", "max_minutes": "12", "seed": "0", "device": "auto"}
+
+
+def train(
+    context: typer.Context,
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Folder with scans/ and labels/ in it.")
+    ],
+    run: Annotated[
+        Path, typer.Option("--output", "-o", metavar="RUN", help="Folder for the trained model.")
+    ],
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Settings in a YAML file.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be repeated."),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help=f"Batches to train on; {DEFAULTS['steps']} if not given."
+        ),
+    ] = None,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MINUTES",
+            min=0,
+            help="Finish in this time even if steps are left; "
+            f"{DEFAULTS['max_minutes']} if not given, 0 for no limit.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help=f"Seed of all that is random; {DEFAULTS['seed']} if not given."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            callback=known_device,
+            help="Where to compute: auto, cpu, cuda, cuda:N or mps; "
+            f"{DEFAULTS['device']} if not given.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted run in RUN.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a lesion detector on a folder of labelled scans.
+
+    Settings are taken from the defaults, then from --config, then from --set and the other
+    options. A scan with an empty label file is healthy; a scan without one is left out. A run that
+    is interrupted is saved, and goes on with --resume.
+    """
+    session: Session = context.obj
+    session.start(json=json, quiet=quiet, debug=debug)
+    check_holds_scan(data)
+    check_new_run(run, resume=resume)
+    check_writable(run)
+    chosen = {"steps": steps, "max_minutes": max_minutes, "seed": seed, "device": device}
+    train_config = build_config(config, settings or [], chosen)
+    session.log_in(run)
+    from medvision.training.train import train as train_model
+
+    with session.work() as (on_progress, should_stop):
+        done = train_model(
+            data, run, train_config, resume=resume, on_progress=on_progress, should_stop=should_stop
+        )
+    following = f"medvision predict {run} SCANS -o out"
+    lesions = ", ".join(f"{count} {name}" for name, count in done.lesions.items())
+    session.finish(
+        "Trained",
+        {
+            "steps": f"{done.steps} of {done.planned_steps}, on {done.device}",
+            "scans": f"{done.training_scans} to train on, {done.validation_scans} held out",
+            "lesions": lesions,
+            "left out": f"{len(done.left_out)} scans, see the log" if done.left_out else None,
+            "held-out CPM": _rounded(done.validation_cpm),
+            "sensitivity": _rounded(done.validation_sensitivity_at_1_fp, " at 1 false positive"),
+            "output": run,
+            "log": session.log_path,
+            "next": following,
+        },
+        {"summary": done, "output": run, "next": following},
+    )
+
+
+def _rounded(score: float | None, remark: str = "") -> str | None:
+    return None if score is None else f"{score:.3f}{remark}"

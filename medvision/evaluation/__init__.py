@@ -1,0 +1,1 @@
+"""Findings + Annotations -> scores (no torch)."""

@@ -1,0 +1,1 @@
+"""Detections -> Findings (no torch)."""

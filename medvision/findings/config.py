@@ -1,0 +1,26 @@
+"""Settings of prediction: which boxes are kept and how they become findings."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class PredictConfig(BaseModel):
+    """From a slice's boxes to the findings of a scan."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch_size: int = Field(8, ge=1, description="slices the network sees at once")
+    box_score_thresh: float = Field(0.02, ge=0, le=1, description="lowest score of a slice's box")
+    nms_thresh: float = Field(
+        0.3, ge=0, le=1, description="IoU above which a slice's box is a copy"
+    )
+    detections_per_img: int = Field(30, ge=1, description="most boxes kept on a slice")
+    link_iou: float = Field(0.2, gt=0, le=1, description="IoU that links boxes of two slices")
+    link_gap: int = Field(1, ge=0, description="slices without a box that a finding may bridge")
+    link_score_ratio: float = Field(
+        0.3, ge=0, le=1, description="lowest score of a finding's box, relative to its best"
+    )
+    score_slices: int = Field(2, ge=1, description="best boxes whose mean is a finding's score")
+    score_thresh: float = Field(0.05, ge=0, le=1, description="lowest score of a finding reported")
+    findings_per_scan: int = Field(100, ge=1, description="most findings reported for a scan")

@@ -1,0 +1,30 @@
+"""Settings of the detector; read without torch."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class RetinaNetConfig(BaseModel):
+    """The network: a ResNet, a feature pyramid and one head on all its levels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    blocks: tuple[int, int, int, int] = Field((2, 2, 2, 2), description="blocks a stage; ResNet-18")
+    width: int = Field(
+        32, ge=8, description="channels of the first stage; doubled at each next one"
+    )
+    stem_pooling: bool = Field(
+        False, description="the max pooling after the stem; off keeps P2 sharp"
+    )
+    pyramid_channels: int = Field(64, ge=8, description="channels of every pyramid level")
+    head_depth: int = Field(2, ge=1, description="3 x 3 convolutions before each output")
+    anchors_per_level: int = Field(2, ge=1, description="anchor shapes at each position of a level")
+    anchor_sizes: tuple[tuple[tuple[float, float], ...], ...] = Field(
+        (), description="width, height in pixels of each level's anchors; none: fitted to the data"
+    )
+    focal_alpha: float = Field(0.25, gt=0, lt=1, description="weight of lesions in the focal loss")
+    focal_gamma: float = Field(2.0, ge=0, description="how much easy examples are played down")
+    box_weight: float = Field(1.0, ge=0, description="weight of the box loss (GIoU)")
+    class_weight: float = Field(0.5, ge=0, description="weight of the class loss")
+    atss_candidates: int = Field(9, ge=1, description="anchors a level that ATSS looks at per box")

@@ -1,0 +1,74 @@
+"""Which anchors stand for which lesion: adaptive training sample selection (ATSS)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+BACKGROUND = -1
+IGNORED = -2
+
+
+def match_atss(anchors: list[Tensor], boxes: Tensor, candidates: int) -> Tensor:
+    """Return for each anchor of all levels the index of its box, or BACKGROUND.
+
+    Zhang et al., Bridging the Gap Between Anchor-based and Anchor-free Detection, CVPR 2020: for each
+    box the ``candidates`` nearest anchors of every level; those whose IoU reaches the mean plus the
+    deviation of all candidates, and whose centre lies in the box, are positive. A box that no
+    anchor centre falls into, as happens under a stride's size, gets its best candidate: no lesion is
+    ever without an anchor. ``boxes`` is ``[n, 4]`` x1, y1, x2, y2.
+    """
+    everything = torch.cat(anchors)
+    matched = torch.full((len(everything),), BACKGROUND, dtype=torch.long, device=boxes.device)
+    if len(boxes) == 0:
+        return matched
+    overlaps = box_iou(everything, boxes)  # [anchors, boxes]
+    chosen = _candidates(anchors, boxes, candidates)  # [candidates, boxes]
+    overlap = overlaps.gather(0, chosen)
+    threshold = overlap.mean(dim=0) + overlap.std(dim=0, correction=0)
+    positive = (overlap >= threshold) & _centers_inside(everything, boxes, chosen)
+    # A candidate without any overlap teaches nothing but the wrong box.
+    positive &= overlap > 0
+    best = overlap.argmax(dim=0)
+    positive[best, torch.arange(len(boxes), device=boxes.device)] = True
+    return _resolve(overlaps, chosen, positive, matched)
+
+
+def _candidates(anchors: list[Tensor], boxes: Tensor, count: int) -> Tensor:
+    target = (boxes[:, :2] + boxes[:, 2:]) / 2
+    picks, start = [], 0
+    for level in anchors:
+        centers = (level[:, :2] + level[:, 2:]) / 2
+        distance = torch.cdist(centers, target)
+        picks.append(distance.topk(min(count, len(level)), dim=0, largest=False).indices + start)
+        start += len(level)
+    return torch.cat(picks)
+
+
+def _centers_inside(anchors: Tensor, boxes: Tensor, chosen: Tensor) -> Tensor:
+    centers = ((anchors[:, :2] + anchors[:, 2:]) / 2)[chosen]  # [candidates, boxes, 2]
+    return ((centers > boxes[None, :, :2]) & (centers < boxes[None, :, 2:])).all(dim=2)
+
+
+def _resolve(overlaps: Tensor, chosen: Tensor, positive: Tensor, matched: Tensor) -> Tensor:
+    # An anchor claimed by several boxes goes to the one it overlaps most.
+    claimed = torch.full_like(overlaps, -1.0)
+    rank, box = torch.nonzero(positive, as_tuple=True)
+    anchor = chosen[rank, box]
+    claimed[anchor, box] = overlaps[anchor, box]
+    value, index = claimed.max(dim=1)
+    return torch.where(value >= 0, index, matched)
+
+
+def ignore_inside(anchors: Tensor, matched: Tensor, regions: Tensor) -> Tensor:
+    """Return ``matched`` with background anchors centred in a region marked IGNORED.
+
+    ``regions`` is ``[n, 4]``: lesions cut by the crop's edge, first and last faint slices, and what the
+    reader marked to be ignored. They are neither lesion nor background.
+    """
+    if len(regions) == 0:
+        return matched
+    centers = ((anchors[:, :2] + anchors[:, 2:]) / 2)[:, None]
+    inside = ((centers >= regions[None, :, :2]) & (centers < regions[None, :, 2:])).all(dim=2)
+    return torch.where(inside.any(dim=1) & (matched == BACKGROUND), IGNORED, matched)

@@ -1,0 +1,132 @@
+"""RetinaNet for slice stacks: every position of every pyramid level is judged at once."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from medvision.models.anchors import AnchorSizes, level_anchors
+from medvision.models.backbone import ResNet
+from medvision.models.box_coder import decode_boxes
+from medvision.models.config import RetinaNetConfig
+from medvision.models.pyramid import FeaturePyramid
+
+FINEST_STRIDE = 4
+_PRIOR = 0.01
+
+
+class RawDetections(NamedTuple):
+    """What the head says of every anchor. Level by level, then row, column, shape."""
+
+    lesion_logits: Tensor  # [batch, anchors]: is it a lesion, of whatever class
+    class_logits: Tensor  # [batch, anchors, classes]: of which class, if it is one
+    boxes: Tensor  # [batch, anchors, 4]: x1, y1, x2, y2 in pixels
+    anchors: list[Tensor]  # one [anchors of the level, 4] a level
+
+
+class RetinaNet(nn.Module):
+    """One-stage detector: backbone, pyramid from stride 4 up, one head shared by all levels.
+
+    Lin et al., Focal Loss for Dense Object Detection, ICCV 2017. One thing differs from the paper:
+    "is it a lesion" is one output trained with focal loss on all anchors, and "of which class" a softmax
+    trained on the lesions only. With one sigmoid a class, a faint lesion of a rare class is split
+    between classes and found by none (docs/decisions/0002-lesion-score-apart-from-class.md).
+    """
+
+    def __init__(
+        self, backbone: ResNet, pyramid: FeaturePyramid, head: Head, anchor_sizes: AnchorSizes
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pyramid = pyramid
+        self.head = head
+        self.strides = [stride for stride in backbone.strides if stride >= FINEST_STRIDE]
+        for index, shapes in enumerate(anchor_sizes):
+            self.register_buffer(f"anchor_sizes_{index}", torch.tensor(shapes), persistent=False)
+
+    def forward(self, images: Tensor) -> RawDetections:
+        """Take ``[batch, slice, row, column]`` in 0..1 to raw detections.
+
+        Rows and columns must be multiples of the coarsest stride.
+        """
+        maps = self.backbone(images * 2 - 1)[-len(self.strides) :]
+        levels = self.pyramid(maps)
+        outputs = [self.head(level) for level in levels]
+        lesion, classes, deltas = (
+            torch.cat(parts, dim=1).float() for parts in zip(*outputs, strict=True)
+        )
+        anchors = [
+            level_anchors((level.shape[-2], level.shape[-1]), stride, self._shapes(index))
+            for index, (level, stride) in enumerate(zip(levels, self.strides, strict=True))
+        ]
+        return RawDetections(
+            lesion[..., 0], classes, decode_boxes(deltas, torch.cat(anchors)), anchors
+        )
+
+    def _shapes(self, level: int) -> Tensor:
+        return self.get_buffer(f"anchor_sizes_{level}")
+
+
+class Head(nn.Module):
+    """Two towers of 3 x 3 convolutions: one for lesion and class, one for the box."""
+
+    def __init__(self, channels: int, depth: int, shapes: int, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.class_tower = _tower(channels, depth)
+        self.box_tower = _tower(channels, depth)
+        self.lesion = nn.Conv2d(channels, shapes, 3, 1, 1)
+        self.category = nn.Conv2d(channels, shapes * classes, 3, 1, 1)
+        self.box = nn.Conv2d(channels, shapes * 4, 3, 1, 1)
+        for part in (self.lesion, self.category, self.box):
+            nn.init.normal_(part.weight, std=0.01)
+            nn.init.zeros_(part.bias)
+        # At the start every anchor is a lesion with 1 percent: a million easy ones then cost little.
+        nn.init.constant_(self.lesion.bias, -math.log((1 - _PRIOR) / _PRIOR))
+
+    def forward(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take ``[batch, channel, row, column]`` to ``[batch, anchors, 1 | classes | 4]``."""
+        judged, placed = self.class_tower(level), self.box_tower(level)
+        return (
+            _per_anchor(self.lesion(judged), 1),
+            _per_anchor(self.category(judged), self.classes),
+            _per_anchor(self.box(placed), 4),
+        )
+
+
+def _tower(channels: int, depth: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        # Group norm: levels of different statistics share the tower, and batches are small.
+        layers += [nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.GroupNorm(8, channels)]
+        layers.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*layers)
+
+
+def _per_anchor(output: Tensor, values: int) -> Tensor:
+    """Take ``[batch, shapes * values, row, column]`` to ``[batch, row * column * shapes, values]``."""
+    batch, _, rows, columns = output.shape
+    split = output.reshape(batch, -1, values, rows, columns)
+    return split.permute(0, 3, 4, 1, 2).reshape(batch, -1, values)
+
+
+def build_retinanet(config: RetinaNetConfig, in_channels: int, classes: int) -> RetinaNet:
+    """Assemble the detector that ``config`` describes; its anchor sizes must have been fitted."""
+    backbone = ResNet(in_channels, config.blocks, config.width, config.stem_pooling)
+    used = [
+        channels
+        for channels, stride in zip(backbone.channels, backbone.strides, strict=True)
+        if stride >= FINEST_STRIDE
+    ]
+    pyramid = FeaturePyramid(used, config.pyramid_channels)
+    head = Head(config.pyramid_channels, config.head_depth, config.anchors_per_level, classes)
+    return RetinaNet(backbone, pyramid, head, config.anchor_sizes)
+
+
+def pyramid_strides(config: RetinaNetConfig) -> list[int]:
+    """Return the strides of the pyramid levels that ``config`` leads to, finest first."""
+    first = 4 if config.stem_pooling else 2
+    return [first << index for index in range(4) if first << index >= FINEST_STRIDE]

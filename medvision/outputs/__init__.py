@@ -1,0 +1,1 @@
+"""Findings -> files (no torch)."""

@@ -1,0 +1,156 @@
+"""The whole story of one scan: volume, slice stacks, detections, findings. Read this first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from medvision.detector import DetectorConfig, load_detector
+from medvision.device import Device, choose_device
+from medvision.errors import InputError
+from medvision.findings.assemble import make_finding
+from medvision.findings.finding import Finding, ScanFindings
+from medvision.findings.merge import SliceDetections, link_slices
+from medvision.geometry import Box
+from medvision.models.postprocess import select_detections
+from medvision.models.retinanet import RetinaNet
+from medvision.progress import Progress, ProgressCallback, ignore_progress
+from medvision.scans.volume import Volume
+from medvision.stacks.crops import body_box, crop_padded
+from medvision.stacks.resample import resample_inplane
+from medvision.stacks.slice_stack import slice_stack, stack_offsets
+from medvision.stacks.window import apply_window, window_limits
+
+
+class Predictor:
+    """Finds lesions in volumes with a trained run.
+
+    >>> findings = Predictor(Path("runs/nodules"))(read_scan("data/series"))  # doctest: +SKIP
+    """
+
+    def __init__(self, run: Path, device: str = "auto", score_thresh: float | None = None) -> None:
+        """Load a run folder; ``score_thresh`` overrides the lowest score reported, 0..1."""
+        self.device = choose_device(device)
+        network, config, self.about = load_detector(Path(run))
+        if score_thresh is not None:
+            update = config.predict.model_copy(update={"score_thresh": score_thresh})
+            config = config.model_copy(update={"predict": update})
+        self.config = config
+        self.network = network.to(self.device.torch_device, memory_format=torch.channels_last)
+
+    def __call__(
+        self,
+        volume: Volume,
+        case_id: str | None = None,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> ScanFindings:
+        """Return the findings of a volume, in its own grid. Raises InputError for another modality."""
+        self._check_modality(volume)
+        findings = find_lesions(volume, self.network, self.config, self.device, on_progress)
+        source = volume.source
+        return ScanFindings(
+            case_id=case_id or source.series_instance_uid or "scan",
+            shape=volume.shape,
+            affine=volume.affine,
+            findings=findings,
+            class_names=self.config.class_names,
+            modality=source.modality,
+            study_instance_uid=source.study_instance_uid,
+            series_instance_uid=source.series_instance_uid,
+            frame_of_reference_uid=source.frame_of_reference_uid,
+            notes=volume.notes,
+            model=self.about,
+        )
+
+    def _check_modality(self, volume: Volume) -> None:
+        known, given = self.config.modality, volume.source.modality
+        if known and given and known != given:
+            raise InputError(
+                f"The scan must be {known}, as the training scans were; it is {given}.",
+                where=volume.source.path,
+                do=f"Give a {known} series, or train a run on {given}.",
+            )
+
+
+def find_lesions(
+    volume: Volume,
+    network: RetinaNet,
+    config: DetectorConfig,
+    device: Device,
+    on_progress: ProgressCallback = ignore_progress,
+) -> tuple[Finding, ...]:
+    """Return the findings of a volume by falling score, boxes in the volume's own voxel edges."""
+    seen = resample_inplane(volume, config.pixel_mm)
+    window = body_box(seen.array, volume.source.modality or config.modality)
+    detections = detect_slices(seen, window, network, config, device, on_progress)
+    scale = np.array([volume.shape[2] / seen.shape[2], volume.shape[1] / seen.shape[1]] * 2)
+    detections = SliceDetections(
+        detections.slice_index,
+        detections.boxes * scale,
+        detections.scores,
+        detections.class_probabilities,
+    )
+    lesions = link_slices(detections, config.predict)[: config.predict.findings_per_scan]
+    kept = [lesion for lesion in lesions if lesion.score >= config.predict.score_thresh]
+    return tuple(
+        make_finding(number, lesion, detections, config.class_names, volume.shape, volume.affine)
+        for number, lesion in enumerate(kept, start=1)
+    )
+
+
+@torch.inference_mode()
+def detect_slices(
+    volume: Volume,
+    window: Box,
+    network: RetinaNet,
+    config: DetectorConfig,
+    device: Device,
+    on_progress: ProgressCallback = ignore_progress,
+) -> SliceDetections:
+    """Run the network over all slices of ``window``; boxes in pixel edges of ``volume``."""
+    network.eval()
+    top, left = int(window.row_min), int(window.column_min)
+    corner = np.array([left, top, left, top])
+    slices, boxes, scores, probabilities = [], [], [], []
+    settings = config.predict
+    for first, batch in _stack_batches(volume, window, network.strides[-1], config):
+        images = torch.from_numpy(batch).to(device.torch_device, memory_format=torch.channels_last)
+        with device.autocast():
+            raw = network(images)
+        selected = select_detections(
+            raw,
+            score_thresh=settings.box_score_thresh,
+            nms_thresh=settings.nms_thresh,
+            detections_per_img=settings.detections_per_img,
+        )
+        for index, found in enumerate(selected, start=first):
+            slices.append(np.full(len(found["scores"]), index, dtype=np.int64))
+            boxes.append(found["boxes"].cpu().double().numpy() + corner)
+            scores.append(found["scores"].cpu().double().numpy())
+            probabilities.append(found["class_probabilities"].cpu().double().numpy())
+        on_progress(Progress("predict", first + len(batch), volume.shape[0], "slices"))
+    return SliceDetections(
+        *(np.concatenate(part) for part in (slices, boxes, scores, probabilities))
+    )
+
+
+def _stack_batches(
+    volume: Volume, window: Box, stride: int, config: DetectorConfig
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield the first slice's index and ``[batch, channel, row, column]`` in 0..1, padded to ``stride``."""
+    limits = window_limits(volume.array, config.stack.window_hu)
+    spacing = volume.spacing_mm[0]
+    offsets = stack_offsets(config.stack.n_slices, config.stack.slice_offset_mm, spacing)
+    cropped = volume.array[window.slices]
+    size = tuple(-(-length // stride) * stride for length in cropped.shape[1:])
+    for first in range(0, volume.shape[0], config.predict.batch_size):
+        last = min(first + config.predict.batch_size, volume.shape[0])
+        stacks = [
+            apply_window(slice_stack(cropped, index, offsets), limits)
+            for index in range(first, last)
+        ]
+        yield first, crop_padded(np.stack(stacks), 0, 0, (size[0], size[1]), 0.0)

@@ -1,0 +1,1 @@
+"""Scores -> one HTML page (no torch)."""

@@ -1,0 +1,1 @@
+"""Two public wheels -> a data set to try medvision on (no torch)."""

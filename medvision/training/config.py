@@ -1,0 +1,92 @@
+"""Settings of a training run; read without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medvision.errors import UsageError
+from medvision.findings.config import PredictConfig
+from medvision.models.config import RetinaNetConfig
+from medvision.stacks.augment import AugmentConfig
+from medvision.stacks.config import StackConfig
+
+
+class SamplingConfig(BaseModel):
+    """Which crops a network sees in training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    crop_size: int = Field(128, ge=32, multiple_of=16, description="side of a crop, pixels")
+    lesion_share: float = Field(0.6, ge=0, le=1, description="share of crops centred near a lesion")
+    class_balance: float = Field(
+        0.5, ge=0, le=1, description="0: lesions as often as they are; 1: classes equally often"
+    )
+    ignore_slices: int = Field(
+        1,
+        ge=0,
+        description="slices above and below a lesion where it is neither lesion nor background",
+    )
+    least_visible: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of a lesion that must be in the crop to count; else ignored",
+    )
+
+
+class TrainConfig(BaseModel):
+    """A training run. Dotted names reach the parts, as in ``sampling.crop_size``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(1500, ge=1, description="batches to train on")
+    max_minutes: float = Field(
+        12.0, ge=0, description="finish in this time even if steps are left; 0: no limit"
+    )
+    batch_size: int = Field(16, ge=1, description="crops in a batch")
+    learning_rate: float = Field(2e-3, gt=0, description="highest rate, AdamW")
+    weight_decay: float = Field(0.02, ge=0, description="AdamW")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the run with rising rate")
+    gradient_clip: float = Field(5.0, gt=0, description="largest norm of the gradient")
+    average_decay: float = Field(0.995, ge=0, lt=1, description="decay of the averaged weights")
+    validation_fraction: float = Field(0.15, ge=0, lt=1, description="share of patients held out")
+    validations: int = Field(4, ge=1, description="times the held-out scans are looked at")
+    seed: int = Field(0, ge=0, description="seed of everything that is drawn")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    workers: int = Field(0, ge=0, description="processes that prepare crops; 0: the main one")
+    stack: StackConfig = StackConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: RetinaNetConfig = RetinaNetConfig()
+    predict: PredictConfig = PredictConfig()
+
+
+def load_train_config(path: Path) -> TrainConfig:
+    """Read a YAML or JSON file of settings; what it leaves out keeps its default."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(
+            "The configuration must be a readable YAML file.", where=path, why=str(error)
+        ) from error
+    if not isinstance(values, dict):
+        raise UsageError("The configuration must be a table of names and values.", where=path)
+    return make_train_config(values, str(path))
+
+
+def make_train_config(values: dict[str, Any], where: str) -> TrainConfig:
+    """Check a nested table of settings; UsageError names the first that is wrong and what it takes."""
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise UsageError(
+            f"Setting {name!r} is refused: {first['msg']}; got {first.get('input')!r}.", where=where
+        ) from error

@@ -1,0 +1,174 @@
+"""A folder of scans -> what a run trains on: cached cases, classes, split, fitted settings."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medvision.datasets.discover import Case, find_cases, load_case
+from medvision.datasets.split import split_cases
+from medvision.detector import DetectorConfig
+from medvision.errors import InputError, MedvisionError
+from medvision.geometry import spacing_of
+from medvision.models.anchors import fit_anchor_sizes, shape_iou
+from medvision.models.config import RetinaNetConfig
+from medvision.progress import Progress, ProgressCallback
+from medvision.stacks.config import StackConfig
+from medvision.training.cache import CachedCase, cache_case
+from medvision.training.config import TrainConfig
+
+CACHE_FOLDER = "cache"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The two sides of the split and what was left out, with reasons."""
+
+    training: list[CachedCase]
+    validation: list[CachedCase]
+    class_names: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+
+def prepare_data(
+    data: Path, run: Path, config: TrainConfig, on_progress: ProgressCallback
+) -> tuple[TrainingData, float]:
+    """Read, resample and cache all cases of ``data``; return them split, and the pixel size in mm.
+
+    One bad case never stops the rest: it is left out and named. Raises InputError if no case or no
+    lesion is left.
+    """
+    dataset = find_cases(data)
+    left_out = [(name, "no label file: unlabelled, not healthy") for name in dataset.unlabelled]
+    left_out += [(Path(place).name, problem) for place, problem in dataset.problems]
+    pixel_mm = config.stack.pixel_mm
+    if pixel_mm is None:
+        pixel_mm = _median_pixel_mm(dataset.cases, left_out)
+    cached: list[CachedCase] = []
+    used: list[Case] = []
+    for number, case in enumerate(dataset.cases, start=1):
+        try:
+            item = cache_case(load_case(case), run / CACHE_FOLDER, pixel_mm, config.stack.window_hu)
+            cached.append(item)
+            used.append(case)
+        except MedvisionError as error:
+            left_out.append((case.case_id, str(error)))
+        on_progress(Progress("prepare", number, len(dataset.cases), "scans"))
+    training, validation = _split(used, cached, config)
+    classes = _class_names(training)
+    if not classes:
+        raise InputError(
+            f"Training needs at least one lesion; none is in the {len(training)} training scans.",
+            where=data,
+            why=_first_reason(left_out),
+            do="Check that labels/ holds a label volume for each scan, with values above 0 on lesions.",
+        )
+    return TrainingData(training, validation, classes, tuple(left_out)), pixel_mm
+
+
+def _first_reason(left_out: list[tuple[str, str]]) -> str | None:
+    if not left_out:
+        return "Every scan is healthy."
+    name, reason = left_out[0]
+    return f"{len(left_out)} left out; the first is {name}: {reason.splitlines()[0]}"
+
+
+def _median_pixel_mm(cases: tuple[Case, ...], left_out: list[tuple[str, str]]) -> float:
+    """Return the median in-plane pixel of up to 50 scans, spread over the data."""
+    sizes = []
+    for case in cases[:: max(1, len(cases) // 50)]:
+        try:
+            sizes.append(spacing_of(load_case(case).volume.affine)[1:])
+        except MedvisionError as error:
+            logger.info("%s left out of the pixel size: %s", case.case_id, error.what)
+    if not sizes:
+        raise InputError(
+            "Training needs at least one readable scan with labels; there is none.",
+            why=_first_reason(left_out),
+            do="Put labels into labels/ beside scans/, with the scans' names.",
+        )
+    return round(float(np.median(sizes)), 4)
+
+
+def _split(
+    used: list[Case], cached: list[CachedCase], config: TrainConfig
+) -> tuple[list[CachedCase], list[CachedCase]]:
+    by_id = {item.case_id: item for item in cached}
+    if config.validation_fraction == 0:
+        return cached, []
+    classes = {
+        item.case_id: {item.classes[label] for label in set(item.classes) - item.ignored}
+        for item in cached
+    }
+    training, validation = split_cases(used, classes, config.validation_fraction, config.seed)
+    return [by_id[case.case_id] for case in training], [by_id[case.case_id] for case in validation]
+
+
+def _class_names(cases: list[CachedCase]) -> tuple[str, ...]:
+    names = {item.classes[label] for item in cases for label in set(item.classes) - item.ignored}
+    return tuple(sorted(names))
+
+
+def count_lesions(cases: list[CachedCase]) -> dict[str, int]:
+    """Return the number of lesions of each class that count."""
+    return dict(
+        Counter(
+            item.classes[label]
+            for item in cases
+            for label in sorted(set(item.classes) - item.ignored)
+        )
+    )
+
+
+def slice_box_sizes(cases: list[CachedCase]) -> NDArray[np.float64]:
+    """Return ``[n, 2]`` width and height in pixels of every lesion on every slice it is on."""
+    sizes = []
+    for case in cases:
+        for item in case.annotations():
+            if item.ignore or item.mask is None:
+                continue
+            for plane in item.mask[item.mask.any(axis=(1, 2))]:
+                rows, columns = np.flatnonzero(plane.any(axis=1)), np.flatnonzero(plane.any(axis=0))
+                sizes.append((columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1))
+    return np.array(sizes, dtype=float).reshape(-1, 2)
+
+
+def fit_detector(data: TrainingData, config: TrainConfig, pixel_mm: float) -> DetectorConfig:
+    """Return the settings of the detector with anchors fitted to the training lesions."""
+    # Imported late: the settings of a run are also read where torch is not.
+    from medvision.models.retinanet import pyramid_strides
+
+    model = config.model
+    if not model.anchor_sizes:
+        strides = pyramid_strides(model)
+        sizes = slice_box_sizes(data.training)
+        fitted = fit_anchor_sizes(
+            sizes, len(strides), model.anchors_per_level, strides, config.seed
+        )
+        model = RetinaNetConfig(**{**model.model_dump(), "anchor_sizes": fitted})
+        _log_coverage(sizes, model)
+    modalities = Counter(case.modality for case in data.training if case.modality)
+    return DetectorConfig(
+        class_names=data.class_names,
+        modality=modalities.most_common(1)[0][0] if modalities else "",
+        stack=StackConfig(**{**config.stack.model_dump(), "pixel_mm": pixel_mm}),
+        model=model,
+        predict=config.predict,
+    )
+
+
+def _log_coverage(sizes: NDArray[np.float64], model: RetinaNetConfig) -> None:
+    shapes = np.array([shape for level in model.anchor_sizes for shape in level])
+    best = shape_iou(sizes, shapes).max(axis=1)
+    logger.info(
+        "Anchors fitted to %d slice boxes: mean best IoU %.2f, lowest %.2f",
+        len(sizes),
+        best.mean(),
+        best.min(),
+    )

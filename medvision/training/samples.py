@@ -1,0 +1,185 @@
+"""Which crop is sample number i: a function of the seed and i alone, so that a run can be resumed exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.ndimage import find_objects
+from torch import Tensor
+
+from medvision.models.criterion import Target
+from medvision.stacks.augment import Augmenter, boxes_from_labels
+from medvision.stacks.config import StackConfig
+from medvision.stacks.crops import crop_padded
+from medvision.stacks.slice_stack import slice_stack, stack_offsets
+from medvision.stacks.window import apply_window
+from medvision.training.cache import CachedCase
+from medvision.training.config import SamplingConfig
+
+_MARGIN = 1.25
+"""Crops are cut larger and trimmed after rotation, so that corners hold scan and not padding."""
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """A lesion to draw crops of: where it is in which case."""
+
+    case: int
+    label: int
+    class_index: int
+    planes: NDArray[np.int64]
+    center: tuple[float, float]
+    half_size: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A stack ``[channel, row, column]`` in 0..1 with its target and the case it came from."""
+
+    image: Tensor
+    target: Target
+    case_id: str
+
+
+def find_training_lesions(cases: list[CachedCase], class_names: tuple[str, ...]) -> list[Lesion]:
+    """List the lesions of all cases that count, with the slices they are on."""
+    lesions = []
+    for number, case in enumerate(cases):
+        for label, where in enumerate(find_objects(np.asarray(case.labels)), start=1):
+            if where is None or label in case.ignored:
+                continue
+            planes = where[0].start + np.flatnonzero((case.labels[where] == label).any(axis=(1, 2)))
+            center = ((where[1].start + where[1].stop) / 2, (where[2].start + where[2].stop) / 2)
+            half = ((where[1].stop - where[1].start) / 2, (where[2].stop - where[2].start) / 2)
+            index = class_names.index(case.classes[label])
+            lesions.append(Lesion(number, label, index, planes, center, half))
+    return lesions
+
+
+class CropSampler(torch.utils.data.Dataset[Sample]):
+    """Sample ``i`` of a run: lesion-centred or background, augmented, with its boxes."""
+
+    def __init__(
+        self,
+        cases: list[CachedCase],
+        lesions: list[Lesion],
+        stack: StackConfig,
+        sampling: SamplingConfig,
+        augmenter: Augmenter,
+        seed: int,
+    ) -> None:
+        self.cases = cases
+        self.lesions = lesions
+        self.stack = stack
+        self.sampling = sampling
+        self.augmenter = augmenter
+        self.seed = seed
+        self._weights = lesion_weights(lesions, sampling.class_balance)
+        self._class_of = {(item.case, item.label): item.class_index for item in lesions}
+        self._size = int(np.ceil(sampling.crop_size * _MARGIN))
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return sample ``index``; the same one whenever and wherever it is asked for."""
+        generator = np.random.default_rng([self.seed, index])
+        number, plane, center = self._draw(generator)
+        case = self.cases[number]
+        top, left = (round(middle - self._size / 2) for middle in center)
+        size = (self._size, self._size)
+        offsets = stack_offsets(
+            self.stack.n_slices, self.stack.slice_offset_mm, case.volume.spacing_mm[0]
+        )
+        window = self._near_planes(case, plane, offsets)
+        pixels = crop_padded(case.array[window], top, left, size, case.limits[0])
+        image = apply_window(slice_stack(pixels, plane - window.start, offsets), case.limits)
+        labels, table = self._label_crop(case, plane, top, left)
+        moved, moved_labels = self.augmenter(image, labels, int(generator.integers(2**31)))
+        target = self._target(number, plane, moved_labels, table)
+        return Sample(torch.from_numpy(moved), target, case.case_id)
+
+    def _draw(self, generator: np.random.Generator) -> tuple[int, int, tuple[float, float]]:
+        """Choose a case, a slice and the centre (row, column) of the crop."""
+        if self.lesions and generator.random() < self.sampling.lesion_share:
+            lesion = self.lesions[generator.choice(len(self.lesions), p=self._weights)]
+            reach = self.sampling.crop_size / 2 - 8
+            jitter = [
+                generator.uniform(-1, 1) * max(4.0, reach - half) for half in lesion.half_size
+            ]
+            center = (lesion.center[0] + jitter[0], lesion.center[1] + jitter[1])
+            return lesion.case, int(generator.choice(lesion.planes)), center
+        number = int(generator.integers(len(self.cases)))
+        slices, rows, columns = self.cases[number].array.shape
+        return (
+            number,
+            int(generator.integers(slices)),
+            (self._position(generator, rows), self._position(generator, columns)),
+        )
+
+    def _position(self, generator: np.random.Generator, length: int) -> float:
+        half = min(self.sampling.crop_size, length) / 2
+        return float(generator.uniform(half, length - half))
+
+    def _near_planes(self, case: CachedCase, plane: int, offsets: NDArray[np.float64]) -> slice:
+        reach = int(np.ceil(offsets[-1])) + 1
+        return slice(max(0, plane - reach), min(len(case.array), plane + reach + 1))
+
+    def _label_crop(
+        self, case: CachedCase, plane: int, top: int, left: int
+    ) -> tuple[NDArray[np.uint8], list[tuple[int, bool]]]:
+        """Return the crop's label map renumbered 1..n, and for each number (label, on this slice).
+
+        Lesions within ``ignore_slices`` of this slice are drawn where they are there, under the lesions
+        of the slice itself: they are to be ignored, as a reader cannot tell where a lesion ends.
+        """
+        reach = self.sampling.ignore_slices
+        low, high = max(0, plane - reach), min(len(case.labels), plane + reach + 1)
+        size = (self._size, self._size)
+        near = crop_padded(np.asarray(case.labels[low:high]), top, left, size, 0)
+        here = near[plane - low]
+        crop = np.zeros(size, dtype=np.uint8)
+        table: list[tuple[int, bool]] = []
+        present = set(np.unique(here).tolist()) - {0}
+        for label in sorted(set(np.unique(near).tolist()) - present - {0})[:100]:
+            table.append((label, False))
+            crop[(near == label).any(axis=0)] = len(table)
+        for label in sorted(present)[:100]:
+            table.append((label, True))
+            crop[here == label] = len(table)
+        return crop, table
+
+    def _target(
+        self, number: int, plane: int, labels: NDArray[np.uint8], table: list[tuple[int, bool]]
+    ) -> Target:
+        case = self.cases[number]
+        boxes, classes, ignored = [], [], []
+        for value, box in boxes_from_labels(labels).items():
+            label, on_slice = table[value - 1]
+            whole = (case.labels[plane] == label).sum()
+            visible = (labels == value).sum() / max(1, whole)
+            if on_slice and label not in case.ignored and visible >= self.sampling.least_visible:
+                boxes.append(box)
+                classes.append(self._class_of[number, label])
+            else:
+                ignored.append(box)
+        return {
+            "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            "labels": torch.tensor(classes, dtype=torch.long),
+            "ignored": torch.tensor(ignored, dtype=torch.float32).reshape(-1, 4),
+        }
+
+
+def lesion_weights(lesions: list[Lesion], balance: float) -> NDArray[np.float64]:
+    """Return how often each lesion is drawn; sums to 1. ``balance`` 0: alike, 1: classes alike."""
+    classes = np.array([lesion.class_index for lesion in lesions], dtype=int)
+    if len(classes) == 0:
+        return np.empty(0)
+    weights = np.bincount(classes)[classes].astype(float) ** -balance
+    return weights / weights.sum()
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, list[Target], list[str]]:
+    """Put samples into a batch ``[batch, channel, row, column]``."""
+    images = torch.stack([sample.image for sample in samples])
+    return images, [sample.target for sample in samples], [sample.case_id for sample in samples]

@@ -1,0 +1,340 @@
+"""Train a detector on a folder of scans: the story of a run, from cases to a run folder."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from medvision.detector import (
+    BEST_WEIGHTS,
+    DetectorConfig,
+    load_detector_config,
+    save_detector_config,
+    save_weights,
+    to_json,
+)
+from medvision.device import Device, choose_device
+from medvision.errors import Interrupted, UsageError
+from medvision.files import atomic_write_text
+from medvision.models.criterion import Criterion
+from medvision.models.retinanet import RetinaNet, build_retinanet
+from medvision.progress import (
+    Progress,
+    ProgressCallback,
+    StopCallback,
+    ignore_progress,
+    never_stop,
+)
+from medvision.stacks.augment import Augmenter
+from medvision.training.checkpoint import (
+    TrainState,
+    read_state,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from medvision.training.config import TrainConfig
+from medvision.training.loop import Clock, SkipGuard, Trainer, batches, monotonic
+from medvision.training.pictures import write_validation_pictures
+from medvision.training.prepare import TrainingData, count_lesions, fit_detector, prepare_data
+from medvision.training.samples import CropSampler, find_training_lesions
+from medvision.training.validate import Validation, validate
+
+CONFIG_FILE = "config.json"
+SPLIT_FILE = "split.json"
+METRICS_FILE = "metrics.jsonl"
+PICTURE_FOLDER = "validation"
+CHECKPOINT_SECONDS = 60.0
+LOG_EVERY = 20
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a run did. ``validation_cpm`` is None where no lesion was held out."""
+
+    run: Path
+    steps: int
+    planned_steps: int
+    seconds: float
+    training_scans: int
+    validation_scans: int
+    lesions: dict[str, int]
+    left_out: tuple[tuple[str, str], ...]
+    validation_cpm: float | None
+    validation_sensitivity_at_1_fp: float | None
+    best_step: int
+    skipped_steps: int
+    device: str
+
+
+def train(
+    data: Path,
+    run: Path,
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    on_progress: ProgressCallback = ignore_progress,
+    should_stop: StopCallback = never_stop,
+) -> TrainSummary:
+    """Train on ``data`` and leave in ``run`` all that predict, resume and a reader need.
+
+    With ``resume`` a stopped run goes on where it was, on the same data and settings: on a CPU it ends
+    with the same weights to the bit as one that was never stopped (if no time limit cut it short).
+    Raises UsageError if ``run`` already holds a run and ``resume`` is off, or another process trains
+    into it; Interrupted after a stop, with a checkpoint saved.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UsageError(
+            "Another medvision train is writing into this run folder.",
+            where=run,
+            do="Wait for it, or train into another folder.",
+        ) from error
+    try:
+        state = _open_run(run, config, resume)
+        return _train(data, run, config, state, on_progress, should_stop)
+    finally:
+        lock.release()
+
+
+def _open_run(run: Path, config: TrainConfig, resume: bool) -> TrainState:
+    """Return the state to go on from; check that it fits what is asked for."""
+    found = read_state(run)
+    digest = _settings_digest(config)
+    if found is None or not (resume or found.step):
+        return TrainState(settings_sha256=digest)
+    if not resume:
+        raise UsageError(
+            f"The run folder already holds a run of {found.step} steps.",
+            where=run,
+            do="Pass --resume to go on with it, or name another folder.",
+        )
+    if found.settings_sha256 != digest:
+        raise UsageError(
+            "A run can only be resumed with the settings it was started with.",
+            where=run / CONFIG_FILE,
+            do="Leave the settings out or repeat them; for others, train into a new folder.",
+        )
+    return found
+
+
+def _settings_digest(config: TrainConfig) -> str:
+    """Hash the settings that shape the weights; where and how fast they are computed may change."""
+    free = {"device", "precision", "workers", "max_minutes"}
+    values = config.model_dump(mode="json", exclude=free)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _train(
+    data: Path,
+    run: Path,
+    config: TrainConfig,
+    state: TrainState,
+    on_progress: ProgressCallback,
+    should_stop: StopCallback,
+) -> TrainSummary:
+    device = choose_device(config.device, config.precision)
+    cases, pixel_mm = prepare_data(data, run, config, on_progress)
+    if state.step:
+        detector = load_detector_config(run)
+    else:
+        detector = fit_detector(cases, config, pixel_mm)
+        _write_run_files(run, config, detector, cases)
+    trainer = make_trainer(config, detector, cases, device)
+    if state.step:
+        restore_checkpoint(run, state, trainer.network, trainer.average, trainer.optimizer)
+    session = _Session(run, config, detector, cases, trainer, state, on_progress, should_stop)
+    last = session.go()
+    return TrainSummary(
+        run=run,
+        steps=state.step,
+        planned_steps=config.steps,
+        seconds=state.seconds,
+        training_scans=len(cases.training),
+        validation_scans=len(cases.validation),
+        lesions=count_lesions(cases.training),
+        left_out=cases.left_out,
+        validation_cpm=state.best_score,
+        validation_sensitivity_at_1_fp=last.sensitivity_at_1_fp if last else None,
+        best_step=state.best_step,
+        skipped_steps=state.skipped_steps,
+        device=device.name,
+    )
+
+
+def _write_run_files(
+    run: Path, config: TrainConfig, detector: DetectorConfig, cases: TrainingData
+) -> None:
+    atomic_write_text(run / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
+    save_detector_config(run, detector)
+    split = {
+        "training": [case.case_id for case in cases.training],
+        "validation": [case.case_id for case in cases.validation],
+        "left_out": dict(cases.left_out),
+        "lesions": count_lesions(cases.training),
+    }
+    atomic_write_text(run / SPLIT_FILE, to_json(split))
+
+
+def make_trainer(
+    config: TrainConfig, detector: DetectorConfig, cases: TrainingData, device: Device
+) -> Trainer:
+    """Build the network, its average, the criterion and the optimizer, from the run's seed."""
+    torch.manual_seed(config.seed)
+    network = build_retinanet(detector.model, detector.stack.n_slices, len(detector.class_names))
+    network = network.to(device.torch_device, memory_format=torch.channels_last)
+    counts = count_lesions(cases.training)
+    weights = _class_weights([counts.get(name, 1) for name in detector.class_names])
+    decayed = [value for value in network.parameters() if value.ndim > 1]
+    plain = [value for value in network.parameters() if value.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            # Norms and biases are not decayed: it would only shift what the data say.
+            {"params": plain, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+    )
+    return Trainer(
+        network=network,
+        average=copy.deepcopy(network),
+        criterion=Criterion(detector.model, weights).to(device.torch_device),
+        optimizer=optimizer,
+        device=device,
+        config=config,
+    )
+
+
+def _class_weights(counts: list[int]) -> torch.Tensor:
+    """Return loss weights by the inverse root of the counts, mean 1: half way to equal classes."""
+    weights = np.maximum(np.array(counts, dtype=float), 1) ** -0.5
+    return torch.tensor(weights / weights.mean(), dtype=torch.float32)
+
+
+@dataclass
+class _Session:
+    """One sitting of a run: from its current step to the end, or to a stop."""
+
+    run: Path
+    config: TrainConfig
+    detector: DetectorConfig
+    cases: TrainingData
+    trainer: Trainer
+    state: TrainState
+    on_progress: ProgressCallback
+    should_stop: StopCallback
+
+    def go(self) -> Validation | None:
+        """Train to the end; return the last validation, if scans were held out."""
+        config, state = self.config, self.state
+        if state.finished:
+            return None
+        clock = Clock(config, state.seconds, monotonic)
+        guard = SkipGuard()
+        saved = monotonic()
+        last = None
+        progress = clock.progress(state.step)
+        validations = int(progress * config.validations)
+        self.trainer.network.train()
+        for images, targets, names in batches(self._dataset(), config, state.step):
+            losses = self.trainer.step(images, targets, progress)
+            guard.note(losses is not None, names)
+            state.step += 1
+            state.seconds = clock.seconds
+            self._tell(losses)
+            progress = clock.progress(state.step)
+            self._stop_if_asked(guard)
+            if int(progress * config.validations) > validations and self.cases.validation:
+                validations = int(progress * config.validations)
+                last = self._validate()
+                self.trainer.network.train()
+            if monotonic() - saved > CHECKPOINT_SECONDS:
+                self._save(guard)
+                saved = monotonic()
+            if progress >= 1.0:
+                break
+        state.finished = True
+        self._save(guard)
+        return last
+
+    def _dataset(self) -> CropSampler:
+        cases = self.cases.training
+        return CropSampler(
+            cases,
+            find_training_lesions(cases, self.detector.class_names),
+            self.detector.stack,
+            self.config.sampling,
+            Augmenter(self.config.augment, self.config.sampling.crop_size),
+            self.config.seed,
+        )
+
+    def _tell(self, losses: dict[str, float] | None) -> None:
+        note = "loss not finite, step skipped" if losses is None else f"loss {losses['loss']:.3f}"
+        if self.state.best_score is not None:
+            note += f", validation CPM {self.state.best_score:.3f}"
+        self.on_progress(Progress("train", self.state.step, self.config.steps, "steps", note))
+        if losses is not None and self.state.step % LOG_EVERY == 0:
+            self._record({"kind": "train", **losses})
+
+    def _record(self, values: dict[str, object]) -> None:
+        line = {"step": self.state.step, "seconds": round(self.state.seconds, 1), **values}
+        with (self.run / METRICS_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def _stop_if_asked(self, guard: SkipGuard) -> None:
+        signal_number = self.should_stop()
+        if signal_number is None:
+            return
+        self._save(guard)
+        raise Interrupted(
+            f"Training was stopped at step {self.state.step} of {self.config.steps}; it is saved.",
+            signal_number=signal_number,
+            do="Go on with the same command and --resume.",
+        )
+
+    def _save(self, guard: SkipGuard) -> None:
+        self.state.skipped_steps += guard.skipped
+        guard.skipped = 0
+        save_checkpoint(
+            self.run, self.state, self.trainer.network, self.trainer.average, self.trainer.optimizer
+        )
+
+    def _validate(self) -> Validation:
+        average = self.trainer.average
+        if not isinstance(average, RetinaNet):
+            raise TypeError(f"Expected a RetinaNet; got {type(average).__name__}.")
+        result = validate(
+            average, self.detector, self.cases.validation, self.trainer.device, self.on_progress
+        )
+        self._record(
+            {
+                "kind": "validation",
+                "scans": result.scans,
+                "lesions": result.lesions,
+                "cpm": result.cpm,
+                "sensitivity_at_1_fp": result.sensitivity_at_1_fp,
+            }
+        )
+        # Later weights win a tie: they have seen more.
+        score = result.cpm if result.cpm is not None else 0.0
+        if self.state.best_score is None or score >= self.state.best_score:
+            self.state.best_score, self.state.best_step = result.cpm, self.state.step
+            save_weights(
+                self.run / BEST_WEIGHTS, average.state_dict(), {"step": str(self.state.step)}
+            )
+            write_validation_pictures(
+                self.run / PICTURE_FOLDER, self.cases.validation, result.results
+            )
+        return result

@@ -1,0 +1,58 @@
+"""How good the network is on the held-out scans: findings against reference, lesion by lesion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from medvision.detector import DetectorConfig
+from medvision.device import Device
+from medvision.evaluation.case import CaseResult
+from medvision.evaluation.froc import competition_metric, froc_curve, make_table, sensitivity_at
+from medvision.evaluation.matching import match_centers
+from medvision.models.retinanet import RetinaNet
+from medvision.predict import find_lesions
+from medvision.progress import Progress, ProgressCallback
+from medvision.training.cache import CachedCase
+
+
+@dataclass(frozen=True)
+class Validation:
+    """FROC figures over all classes; None where the held-out scans have no lesion."""
+
+    scans: int
+    lesions: int
+    cpm: float | None
+    sensitivity_at_1_fp: float | None
+    results: tuple[CaseResult, ...]
+
+
+def validate(
+    network: RetinaNet,
+    config: DetectorConfig,
+    cases: list[CachedCase],
+    device: Device,
+    on_progress: ProgressCallback,
+) -> Validation:
+    """Find lesions in every held-out scan and match them to the reference by the LUNA16 rule."""
+    results = []
+    for number, case in enumerate(cases, start=1):
+        volume = case.volume
+        findings = find_lesions(volume, network, config, device)
+        results.append(
+            CaseResult(case.case_id, findings, case.annotations(), volume.affine, volume.shape)
+        )
+        on_progress(Progress("validate", number, len(cases), "scans"))
+    curve = froc_curve(make_table([match_centers(result) for result in results]))
+    return Validation(
+        scans=len(cases),
+        lesions=sum(len(result.lesions) for result in results),
+        cpm=_finite(competition_metric(curve)),
+        sensitivity_at_1_fp=_finite(float(sensitivity_at(curve, [1.0])[0])),
+        results=tuple(results),
+    )
+
+
+def _finite(value: float) -> float | None:
+    return None if np.isnan(value) else value

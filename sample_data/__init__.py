@@ -1,0 +1,1 @@
+"""Data files of `medvision sample`: its configuration and the attribution of its sources."""

@@ -1,0 +1,35 @@
+"""What holds for every test: no network, and the same hypothesis examples in every run."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+# Machines that run tests are shared and slow; a deadline would only measure them.
+settings.register_profile("medvision", deadline=None, derandomize=True)
+settings.load_profile("medvision")
+
+_LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_network() -> Iterator[None]:
+    """Refuse every connection that leaves this machine; pip in a subprocess is not affected."""
+
+    def refuse_unless_local(original: Any) -> Any:
+        def connect(self: socket.socket, address: Any, *rest: Any) -> Any:
+            inside = self.family == socket.AF_UNIX or address[0] in _LOCAL
+            if not inside:
+                raise AssertionError(f"A test tried to reach {address} over the network.")
+            return original(self, address, *rest)
+
+        return connect
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, refuse_unless_local(getattr(socket.socket, name)))
+        yield

@@ -1,0 +1,291 @@
+"""Samples, steps, checkpoints and whole small runs on phantoms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medvision.datasets.discover import Case, LoadedCase, find_cases, load_case
+from medvision.detector import load_detector_config
+from medvision.errors import InputError, Interrupted, MedvisionError, UsageError
+from medvision.geometry import Box
+from medvision.labels.annotation import Annotation
+from medvision.predict import Predictor
+from medvision.progress import Progress
+from medvision.sample_data.phantoms import make_phantom, write_phantom_dataset
+from medvision.stacks.augment import AugmentConfig, Augmenter
+from medvision.stacks.config import StackConfig
+from medvision.training.cache import cache_case, label_array
+from medvision.training.checkpoint import read_state
+from medvision.training.config import (
+    SamplingConfig,
+    TrainConfig,
+    load_train_config,
+    make_train_config,
+)
+from medvision.training.loop import Clock, SkipGuard, rate_factor
+from medvision.training.samples import CropSampler, find_training_lesions, lesion_weights
+from medvision.training.train import train
+
+SMALL = {
+    "steps": 6,
+    "batch_size": 2,
+    "validations": 1,
+    "precision": "float32",
+    "validation_fraction": 0.3,
+    "stack": {"n_slices": 3},
+    "sampling": {"crop_size": 32},
+    "model": {"width": 8, "pyramid_channels": 8, "head_depth": 1},
+}
+
+
+def small(**changes: object) -> TrainConfig:
+    return make_train_config({**SMALL, **changes}, "test")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_phantom_dataset(folder, 6)
+    return folder
+
+
+class StopAt:
+    """Ask to stop once training has reported ``step``."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.reached = step, False
+
+    def report(self, progress: Progress) -> None:
+        self.reached |= progress.stage == "train" and progress.done >= self.step
+
+    def stop(self) -> int | None:
+        return 15 if self.reached else None
+
+
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(data: Path, tmp_path: Path) -> None:
+    straight = train(data, tmp_path / "straight", small())
+    assert straight.steps == 6
+    stopper = StopAt(2)
+    with pytest.raises(Interrupted) as stopped:
+        train(
+            data,
+            tmp_path / "resumed",
+            small(),
+            on_progress=stopper.report,
+            should_stop=stopper.stop,
+        )
+    assert stopped.value.exit_code == 143
+    state = read_state(tmp_path / "resumed")
+    assert state is not None
+    assert state.step == 2
+    assert not state.finished
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(data, tmp_path / "resumed", small())
+    with pytest.raises(UsageError, match="settings"):
+        train(data, tmp_path / "resumed", small(seed=4), resume=True)
+    assert train(data, tmp_path / "resumed", small(), resume=True).steps == 6
+    for name in ("last.safetensors", "best.safetensors"):
+        first = load_file(tmp_path / "straight" / name)
+        second = load_file(tmp_path / "resumed" / name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_run_folder_alone_predicts_and_holds_no_pickle(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    summary = train(data, run, small())
+    assert summary.training_scans + summary.validation_scans == 6
+    assert summary.validation_scans >= 1
+    kinds = {path.suffix for path in run.rglob("*") if path.is_file()}
+    assert kinds <= {".json", ".jsonl", ".safetensors", ".npy", ".png", ".lock", ""}
+    config = load_detector_config(run)
+    assert config.class_names == tuple(sorted(config.class_names))
+    assert json.loads((run / "config.json").read_text())["steps"] == 6
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["kind"] == "validation"
+    phantom = make_phantom()
+    findings = Predictor(run, "cpu", score_thresh=0.0)(phantom.volume)
+    assert findings.shape == phantom.volume.shape
+    scores = [finding.score for finding in findings.findings]
+    assert scores == sorted(scores, reverse=True)
+    assert findings.model["run"] == "run"
+
+
+def test_a_damaged_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
+    stopper = StopAt(1)
+    with pytest.raises(Interrupted):
+        train(data, tmp_path, small(), on_progress=stopper.report, should_stop=stopper.stop)
+    state = read_state(tmp_path)
+    assert state is not None
+    path = tmp_path / state.weights_file
+    damaged = bytearray(path.read_bytes())
+    damaged[-9] ^= 1
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(InputError, match="checksum"):
+        train(data, tmp_path, small(), resume=True)
+
+
+def test_scans_without_any_lesion_are_refused_with_the_reason(tmp_path: Path) -> None:
+    write_phantom_dataset(tmp_path / "data", 2, n_lesions=0)
+    with pytest.raises(InputError, match="at least one lesion") as refused:
+        train(tmp_path / "data", tmp_path / "run", small())
+    assert "healthy" in str(refused.value)
+
+
+def test_one_bad_scan_and_one_unlabelled_never_stop_the_rest(tmp_path: Path) -> None:
+    write_phantom_dataset(tmp_path, 5)
+    scans = sorted((tmp_path / "scans").iterdir())
+    scans[0].write_bytes(b"not a scan")
+    name = scans[1].name.removesuffix(".nii.gz")
+    for suffix in (".nii.gz", ".csv"):
+        (tmp_path / "labels" / f"{name}{suffix}").unlink()
+    summary = train(tmp_path, tmp_path / "run", small(steps=1))
+    assert summary.training_scans + summary.validation_scans == 3
+    reasons = dict(summary.left_out)
+    assert "unlabelled" in reasons[name]
+    assert len(reasons) >= 2
+
+
+def cached(tmp_path: Path, data: Path) -> list:
+    cases = find_cases(data).cases
+    return [cache_case(load_case(case), tmp_path, 0.8, (-1000, 400)) for case in cases]
+
+
+def sampler_of(cases: list, **changes: float) -> CropSampler:
+    lesions = find_training_lesions(cases, ("ground_glass", "part_solid", "solid"))
+    sampling = SamplingConfig(crop_size=48, **changes)
+    augmenter = Augmenter(AugmentConfig(affine_p=0, intensity_p=0, noise_p=0), 48)
+    return CropSampler(cases, lesions, StackConfig(n_slices=3), sampling, augmenter, 7)
+
+
+def test_samples_depend_on_seed_and_number_only(data: Path, tmp_path: Path) -> None:
+    sampler = sampler_of(cached(tmp_path, data))
+    first = sampler[11]
+    for other in (0, 5, 23):
+        sampler[other]
+    again = sampler[11]
+    assert torch.equal(first.image, again.image)
+    assert first.case_id == again.case_id
+    assert torch.equal(first.target["boxes"], again.target["boxes"])
+    assert not torch.equal(first.image, sampler[12].image)
+
+
+def test_lesion_crops_hold_their_lesion_and_boxes_fit_it(data: Path, tmp_path: Path) -> None:
+    sampler = sampler_of(cached(tmp_path, data), lesion_share=1.0)
+    samples = [sampler[index] for index in range(40)]
+    assert np.mean([len(sample.target["boxes"]) > 0 for sample in samples]) > 0.9
+    for sample in samples:
+        assert sample.image.shape == (3, 48, 48)
+        boxes = sample.target["boxes"]
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
+        assert boxes.min() >= 0 if len(boxes) else True
+        assert boxes.max() <= 48 if len(boxes) else True
+
+
+def one_lesion_case(ignore: bool) -> LoadedCase:
+    phantom = make_phantom(n_lesions=0)
+    box = Box(10, 20, 16, 12, 26, 24)
+    lesion = Annotation(3, "solid", box, np.ones((2, 6, 8), dtype=bool), ignore)
+    case = find_case()
+    return LoadedCase(case, phantom.volume, (lesion,))
+
+
+def find_case() -> Case:
+    from medvision.scans.load import ScanReference
+
+    fields = ScanReference.__dataclass_fields__
+    values = dict.fromkeys(fields, "")
+    values.update(case_id="one", path=Path("one.nii.gz"), n_files=1, kind="image")
+    reference = ScanReference(**{name: values[name] for name in fields})  # type: ignore[arg-type]
+    return Case("one", reference, Path(), "p")
+
+
+def test_the_slice_beyond_a_lesion_and_ignored_lesions_count_neither_way(tmp_path: Path) -> None:
+    case = cache_case(one_lesion_case(False), tmp_path, 0.7, (-1000, 400))
+    sampler = sampler_of([case])
+    for plane, boxes, ignored in ((9, 0, 1), (10, 1, 0), (11, 1, 0), (12, 0, 1), (13, 0, 0)):
+        labels, table = sampler._label_crop(case, plane, 0, 0)
+        target = sampler._target(0, plane, labels, table)
+        assert (len(target["boxes"]), len(target["ignored"])) == (boxes, ignored)
+    hidden = cache_case(one_lesion_case(True), tmp_path, 0.7, (-1000, 400))
+    assert find_training_lesions([hidden], ("solid",)) == []
+    sampler = sampler_of([hidden])
+    labels, table = sampler._label_crop(hidden, 10, 0, 0)
+    assert len(sampler._target(0, 10, labels, table)["ignored"]) == 1
+
+
+def test_cached_labels_follow_the_pixels(tmp_path: Path) -> None:
+    loaded = one_lesion_case(False)
+    case = cache_case(loaded, tmp_path, 0.35, (-1000, 400))
+    (annotation,) = case.annotations()
+    old = loaded.volume.box_to_patient(loaded.annotations[0].box)
+    new = case.volume.box_to_patient(annotation.box)
+    np.testing.assert_allclose(list(vars(old).values()), list(vars(new).values()), atol=0.5)
+
+
+def test_a_lesion_known_by_its_box_becomes_an_ellipsoid_and_small_ones_stay_on_top() -> None:
+    large = Annotation(1, "solid", Box(0, 0, 0, 6, 20, 20))
+    small_one = Annotation(2, "solid", Box(2, 9, 9, 4, 11, 11))
+    labels = label_array((6, 20, 20), (small_one, large))
+    assert labels[3, 10, 10] == 2
+    assert 0.4 < (labels == 1).sum() / (6 * 20 * 20) < 0.56
+
+
+def test_class_balance_moves_the_draws() -> None:
+    class_of: Callable[[int], object] = lambda index: type("L", (), {"class_index": index})()  # noqa: E731
+    lesions = [class_of(0)] * 9 + [class_of(1)]
+    assert lesion_weights(lesions, 0.0)[9] == pytest.approx(0.1)  # type: ignore[arg-type]
+    assert lesion_weights(lesions, 1.0)[9] == pytest.approx(0.5)  # type: ignore[arg-type]
+    assert lesion_weights([], 0.5).size == 0
+
+
+def test_rate_rises_then_falls_to_almost_nothing() -> None:
+    rates = [rate_factor(step / 100, 0.1) for step in range(101)]
+    assert max(rates) == pytest.approx(1, abs=0.02)
+    assert rates.index(max(rates)) in (9, 10)
+    assert rates[-1] < 0.01
+
+
+def test_the_clock_ends_by_steps_or_by_minutes() -> None:
+    now = [0.0]
+    clock = Clock(TrainConfig(steps=100, max_minutes=1), 0.0, lambda: now[0])
+    now[0] = 30.0
+    assert clock.progress(60) == 0.6
+    now[0] = 45.0
+    # 30 steps in 45 s: the minute ends first, and three quarters of it are gone.
+    assert clock.progress(30) == 0.75
+    now[0] = 70.0
+    assert clock.progress(40) == 1.0
+    assert Clock(TrainConfig(steps=100, max_minutes=0), 0.0, lambda: 1e9).progress(50) == 0.5
+
+
+def test_losses_that_stay_infinite_stop_the_run_and_name_the_cases() -> None:
+    guard = SkipGuard()
+    guard.note(False, ["a"])
+    guard.note(True, ["b"])
+    for _ in range(19):
+        guard.note(False, ["bad_case"])
+    with pytest.raises(MedvisionError, match="finite") as stopped:
+        guard.note(False, ["bad_case"])
+    assert "bad_case" in str(stopped.value)
+    assert guard.skipped == 21
+
+
+def test_settings_from_a_file_and_wrong_ones(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("steps: 7\nsampling: {crop_size: 64}\n")
+    config = load_train_config(path)
+    assert (config.steps, config.sampling.crop_size) == (7, 64)
+    path.write_text("sampling: {crop_sise: 64}\n")
+    with pytest.raises(UsageError, match=r"sampling\.crop_sise"):
+        load_train_config(path)
+    path.write_text("[1, 2")
+    with pytest.raises(UsageError, match="readable YAML"):
+        load_train_config(path)
