@@ -14,6 +14,7 @@ from medvision.errors import InputError
 from medvision.progress import Progress
 
 if TYPE_CHECKING:
+    from medvision.evaluation.results import Evaluation
     from medvision.report.load import LoadedCases
 
 EPILOG = epilog("medvision report out --truth data/series_truth -o out/report.html")
@@ -78,12 +79,7 @@ def report(
         on_progress(Progress("report", 0, 3, "parts", "reading"))
         loaded = load_cases(findings, truth)
         if not loaded.cases:
-            raise InputError(
-                "No scan has both findings and labels.",
-                where=truth,
-                why=_left_out(loaded),
-                do="Name each label file after its scan; of DICOM, after the SeriesInstanceUID.",
-            )
+            raise _nothing_to_compare(loaded, truth)
         on_progress(Progress("report", 1, 3, "parts", "comparing"))
         scores = evaluate(
             loaded.cases,
@@ -106,21 +102,37 @@ def report(
         on_progress(Progress("report", 3, 3, "parts"))
     for problem in loaded.problems[:_LISTED_PROBLEMS]:
         complain([f"Problem: {problem}"])
-    point = scores.operating
     return session.finish(
         f"{scores.scans} scans compared",
         {
-            "lesions": f"{point.detected} of {scores.lesions} found, {point.missed} missed",
-            "false positives": f"{point.false_positives}, {point.fp_per_scan:.2f} per scan",
-            "healthy scans": scores.healthy_scans,
+            **_counts(scores),
             "left out": _left_out(loaded),
             "report": html,
             "data": data,
+            "log": session.log_path,
             "next": f"open {html} in a browser",
         },
         {"evaluation": scores, "report": html, "data": data, "problems": loaded.problems},
         exit_code=4 if loaded.problems else 0,
     )
+
+
+def _nothing_to_compare(loaded: LoadedCases, truth: Path) -> InputError:
+    return InputError(
+        "No scan has both findings and labels.",
+        where=truth,
+        why=_left_out(loaded),
+        do="Name each label file after its scan; of DICOM, after the SeriesInstanceUID.",
+    )
+
+
+def _counts(scores: Evaluation) -> dict[str, object]:
+    point = scores.operating
+    return {
+        "lesions": f"{point.detected} of {scores.lesions} found, {point.missed} missed",
+        "false positives": f"{point.false_positives}, {point.fp_per_scan:.2f} per scan",
+        "healthy scans": scores.healthy_scans,
+    }
 
 
 def _left_out(loaded: LoadedCases) -> str | None:

@@ -102,6 +102,8 @@ def train(
             data, run, train_config, resume=resume, on_progress=on_progress, should_stop=should_stop
         )
     following = f"medvision predict {run} SCANS -o out"
+    for case_id, reason in done.left_out:
+        session.log(f"left out {case_id}: {reason}")
     lesions = ", ".join(f"{count} {name}" for name, count in done.lesions.items())
     session.finish(
         "Trained",

@@ -135,7 +135,8 @@ def index_to_patient(affine: Affine, points: ArrayLike) -> NDArray[np.float64]:
 def patient_to_index(affine: Affine, points_mm: ArrayLike) -> NDArray[np.float64]:
     """Take patient mm ``[..., 3]`` to fractional indices ``[..., 3]``: the inverse of the above."""
     shifted = np.asarray(points_mm, dtype=float) - affine[:3, 3]
-    return np.linalg.solve(affine[:3, :3], shifted.reshape(-1, 3).T).T.reshape(shifted.shape)
+    solved = np.linalg.solve(affine[:3, :3], shifted.reshape(-1, 3).T)
+    return np.asarray(solved.T, dtype=np.float64).reshape(shifted.shape)
 
 
 def box_corners_mm(affine: Affine, box: Box) -> NDArray[np.float64]:

@@ -40,7 +40,7 @@ class Predictor:
             update = config.predict.model_copy(update={"score_thresh": score_thresh})
             config = config.model_copy(update={"predict": update})
         self.config = config
-        self.network = network.to(self.device.torch_device, memory_format=torch.channels_last)
+        self.network = network.to(self.device.torch_device).to(memory_format=torch.channels_last)
 
     def __call__(
         self,

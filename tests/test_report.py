@@ -309,6 +309,13 @@ def test_load_cases_takes_a_labels_folder_too(folders: tuple[Path, Path]) -> Non
     assert load_cases(out, truth / "labels").cases[0].patient == "one"
 
 
+def test_load_cases_passes_over_what_an_interrupted_run_left(folders: tuple[Path, Path]) -> None:
+    out, truth = folders
+    (out / ".partial-7-a").mkdir()
+    (out / ".partial-7-a" / "findings.json").write_text("{")
+    assert load_cases(out, truth).problems == ()
+
+
 def test_load_cases_lists_what_is_wrong_and_goes_on(folders: tuple[Path, Path]) -> None:
     out, truth = folders
     moved = geometry.crop_affine(FLIPPED, (2, 0, 0))

@@ -28,6 +28,7 @@ class Criterion(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("class_weights", class_weights)
+        self.class_weights: Tensor
 
     def forward(self, raw: RawDetections, targets: list[Target]) -> dict[str, Tensor]:
         """Return the weighted losses, each divided by the number of positive anchors in the batch.

@@ -83,9 +83,9 @@ class Head(nn.Module):
         self.box = nn.Conv2d(channels, shapes * 4, 3, 1, 1)
         for part in (self.lesion, self.category, self.box):
             nn.init.normal_(part.weight, std=0.01)
-            nn.init.zeros_(part.bias)
+            _fill_bias(part, 0.0)
         # At the start every anchor is a lesion with 1 percent: a million easy ones then cost little.
-        nn.init.constant_(self.lesion.bias, -math.log((1 - _PRIOR) / _PRIOR))
+        _fill_bias(self.lesion, -math.log((1 - _PRIOR) / _PRIOR))
 
     def forward(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take ``[batch, channel, row, column]`` to ``[batch, anchors, 1 | classes | 4]``."""
@@ -95,6 +95,11 @@ class Head(nn.Module):
             _per_anchor(self.category(judged), self.classes),
             _per_anchor(self.box(placed), 4),
         )
+
+
+def _fill_bias(convolution: nn.Conv2d, value: float) -> None:
+    if convolution.bias is not None:
+        nn.init.constant_(convolution.bias, value)
 
 
 def _tower(channels: int, depth: int) -> nn.Sequential:

@@ -116,7 +116,12 @@ def _read_all(
 ) -> dict[str, tuple[ScanFindings, ScanPlace | None]]:
     from medvision.outputs.json_csv import read_findings
 
-    files = sorted(folder.rglob("findings.json"))
+    # A hidden folder is what an interrupted run left behind.
+    files = [
+        file
+        for file in sorted(folder.rglob("findings.json"))
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
     if not files:
         raise InputError(
             "There is no findings.json in this folder.",

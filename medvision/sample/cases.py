@@ -56,6 +56,10 @@ class MadeCase:
     decoys: tuple[PlacedDecoy, ...]
 
 
+Placed = tuple[Donated, Window, NDArray[np.bool_]]
+"""A nodule with the window it lies in and its mask there."""
+
+
 def make_train_case(chest: Chest, plan: Plan, index: int, config: SampleConfig) -> MadeCase:
     """Make sub-volume number ``index`` of the right lung; InputError if the nodules find no room."""
     rng = np.random.default_rng([config.seed, _TRAIN_PURPOSE, index])
@@ -114,9 +118,9 @@ def _fill(
     config: SampleConfig,
     rng: np.random.Generator,
     decoy_range: tuple[int, int],
-) -> tuple[list[tuple[Donated, Window, NDArray[np.bool_]]], list[PlacedDecoy]] | None:
+) -> tuple[list[Placed], list[PlacedDecoy]] | None:
     """Put nodules, the largest first, and then decoys into the scene; None if a nodule has no room."""
-    placed = []
+    placed: list[Placed] = []
     for nodule in sorted(plan.nodules, key=lambda n: -n.diameter_mm):
         found = _put_nodule(scene, nodule, config, rng, label=len(placed) + 1)
         if found is None:
@@ -132,7 +136,7 @@ def _fill(
 
 def _put_nodule(
     scene: Scene, nodule: Nodule, config: SampleConfig, rng: np.random.Generator, label: int
-) -> tuple[Donated, Window, NDArray[np.bool_]] | None:
+) -> Placed | None:
     low, high = config.diameter_mm
     fitting = [o for o in nodule.outlines if low <= o.diameter_mm <= high] or nodule.outlines
     outline = fitting[int(rng.integers(len(fitting)))]
@@ -196,7 +200,7 @@ def _finish(
     box: Box,
     scene: Scene,
     case_id: str,
-    placed: list[tuple[Donated, Window, NDArray[np.bool_]]],
+    placed: list[Placed],
     decoys: list[PlacedDecoy],
 ) -> MadeCase:
     array = np.rint(np.clip(scene.hu, -2048, 3071)).astype(np.int16)

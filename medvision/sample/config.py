@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from importlib import resources
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
@@ -84,7 +84,7 @@ class DensityConfig(_Part):
 class DecoyConfig(_Part):
     """The look-alikes that nobody labels."""
 
-    weights: dict[str, Fraction]
+    weights: dict[Literal["vessel", "scar", "calcified", "patch"], Fraction]
     vessel_diameter_mm: Range
     vessel_length_mm: Range
     vessel_hu: Range

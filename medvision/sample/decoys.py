@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from medvision.errors import InputError
 from medvision.sample.config import DecoyConfig
 from medvision.sample.nodules import draw
 from medvision.sample.shapes import Shape
@@ -27,14 +28,14 @@ class Decoy:
 
 
 def draw_decoy(kind: str, config: DecoyConfig, rng: np.random.Generator) -> Decoy:
-    """Make a decoy of kind vessel, scar or calcified."""
+    """Make a decoy of kind vessel, scar or calcified; InputError for another."""
     if kind == "vessel":
         return Decoy(kind, vessel_shape(config, rng), draw(config.vessel_hu, rng), 15.0)
     if kind == "scar":
         return Decoy(kind, scar_shape(config, rng), draw(config.scar_hu, rng), 30.0)
     if kind == "calcified":
         return Decoy(kind, speck_shape(config, rng), draw(config.calcified_hu, rng), 60.0)
-    raise ValueError(f"A decoy is vessel, scar or calcified; got {kind!r}")
+    raise InputError(f"A drawn decoy is vessel, scar or calcified; got {kind!r}.")
 
 
 def vessel_shape(config: DecoyConfig, rng: np.random.Generator) -> Shape:

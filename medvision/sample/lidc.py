@@ -122,14 +122,12 @@ def read_scan_row(database: Path, patient_id: str) -> ScanRow:
 
 def read_nodules(database: Path, patient_id: str | None = None) -> list[Nodule]:
     """Read the nodules of all scans, or of one patient, in the order of scan and annotation id."""
-    condition = "" if patient_id is None else "WHERE s.patient_id = ?"
-    parameters = () if patient_id is None else (patient_id,)
     with _connect(database) as connection:
         rows = connection.execute(
             "SELECT a.id, s.id, s.patient_id, s.pixel_spacing, s.slice_thickness, a.texture "
-            f"FROM annotations a JOIN scans s ON s.id = a.scan_id {condition} "
-            "ORDER BY s.id, a.id",
-            parameters,
+            "FROM annotations a JOIN scans s ON s.id = a.scan_id "
+            "WHERE ? IS NULL OR s.patient_id = ? ORDER BY s.id, a.id",
+            (patient_id, patient_id),
         ).fetchall()
         spacings = _slice_spacings(connection)
         contours = _contours(connection, {row[0] for row in rows})

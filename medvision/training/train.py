@@ -194,7 +194,7 @@ def make_trainer(
     """Build the network, its average, the criterion and the optimizer, from the run's seed."""
     torch.manual_seed(config.seed)
     network = build_retinanet(detector.model, detector.stack.n_slices, len(detector.class_names))
-    network = network.to(device.torch_device, memory_format=torch.channels_last)
+    network = network.to(device.torch_device).to(memory_format=torch.channels_last)
     counts = count_lesions(cases.training)
     weights = _class_weights([counts.get(name, 1) for name in detector.class_names])
     decayed = [value for value in network.parameters() if value.ndim > 1]
