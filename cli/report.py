@@ -81,11 +81,9 @@ def report(
         if not loaded.cases:
             raise _nothing_to_compare(loaded, truth)
         on_progress(Progress("report", 1, 3, "parts", "comparing"))
+        names = loaded.class_names
         scores = evaluate(
-            loaded.cases,
-            class_names=loaded.class_names,
-            operating_fp=operating_fp,
-            draws=bootstrap,
+            loaded.cases, class_names=names, operating_fp=operating_fp, draws=bootstrap
         )
         on_progress(Progress("report", 2, 3, "parts", "writing"))
         html, data = write_report(
@@ -102,17 +100,11 @@ def report(
         on_progress(Progress("report", 3, 3, "parts"))
     for problem in loaded.problems[:_LISTED_PROBLEMS]:
         complain([f"Problem: {problem}"])
+    files = {"report": html, "data": data}
     return session.finish(
         f"{scores.scans} scans compared",
-        {
-            **_counts(scores),
-            "left out": _left_out(loaded),
-            "report": html,
-            "data": data,
-            "log": session.log_path,
-            "next": f"open {html} in a browser",
-        },
-        {"evaluation": scores, "report": html, "data": data, "problems": loaded.problems},
+        {**_counts(scores, loaded), **files, "next": f"open {html} in a browser"},
+        {"evaluation": scores, "problems": loaded.problems, **files},
         exit_code=4 if loaded.problems else 0,
     )
 
@@ -126,12 +118,13 @@ def _nothing_to_compare(loaded: LoadedCases, truth: Path) -> InputError:
     )
 
 
-def _counts(scores: Evaluation) -> dict[str, object]:
+def _counts(scores: Evaluation, loaded: LoadedCases) -> dict[str, object]:
     point = scores.operating
     return {
         "lesions": f"{point.detected} of {scores.lesions} found, {point.missed} missed",
         "false positives": f"{point.false_positives}, {point.fp_per_scan:.2f} per scan",
         "healthy scans": scores.healthy_scans,
+        "left out": _left_out(loaded),
     }
 
 

@@ -22,8 +22,8 @@ from medvision.findings.finding import ScanFindings
 from medvision.outputs.case_folder import SUMMARY_FILE, count_kept, folder_name, write_case_folder
 from medvision.outputs.json_csv import INTENDED_USE
 from medvision.progress import Progress, ProgressCallback, StopCallback, ignore_progress, never_stop
+from medvision.scans.instance import read_instance
 from medvision.scans.load import ScanReference, read_reference
-from medvision.scans.series import read_instance
 from medvision.scans.volume import Volume
 
 _LOG = logging.getLogger("medvision.batch")

@@ -86,11 +86,7 @@ def make_phantom(
         )
     generator = np.random.default_rng(seed)
     grid = _grid_mm(shape, spacing_mm)
-    hu = np.full(shape, AIR_HU)
-    hu[_inside(grid, _middle(shape, spacing_mm), _body_radii(shape, spacing_mm))] = TISSUE_HU
-    lungs = _lungs(grid, shape, spacing_mm)
-    hu[lungs] = LUNG_HU
-    hu[_vessels(grid, shape, spacing_mm, generator) & lungs] = VESSEL_HU
+    hu, lungs = _healthy_chest(grid, shape, spacing_mm, generator)
     lesions = _place_lesions(grid, lungs, n_lesions, diameter_mm, generator)
     annotations = tuple(_paint(hu, grid, one, label) for label, one in enumerate(lesions, 1))
     hu += generator.normal(0, noise_hu, shape)
@@ -157,6 +153,21 @@ def write_phantom_series(
             "DerivationDescription": "Computed chest phantom",
         },
     )
+
+
+def _healthy_chest(
+    grid: list[NDArray],
+    shape: tuple[int, int, int],
+    spacing_mm: tuple[float, float, float],
+    generator: np.random.Generator,
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return HU without noise, and where the lungs are."""
+    hu = np.full(shape, AIR_HU)
+    hu[_inside(grid, _middle(shape, spacing_mm), _body_radii(shape, spacing_mm))] = TISSUE_HU
+    lungs = _lungs(grid, shape, spacing_mm)
+    hu[lungs] = LUNG_HU
+    hu[_vessels(grid, shape, spacing_mm, generator) & lungs] = VESSEL_HU
+    return hu, lungs
 
 
 def _affine(

@@ -13,7 +13,8 @@ from medvision.errors import InputError
 from medvision.geometry import same_grid
 from medvision.outputs.dicom_ct import write_ct_series
 from medvision.sample_data.phantoms import ORIENTATIONS, make_phantom
-from medvision.scans.dicom import AIR_HU, read_series
+from medvision.scans.dicom import read_series
+from medvision.scans.pixels import AIR_HU
 
 
 @pytest.fixture

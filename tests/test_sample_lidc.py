@@ -102,12 +102,19 @@ def test_texture_classes() -> None:
 
 
 def test_class_is_the_median_reader() -> None:
-    readers = tuple(Outline(i, t, outline(0, 0, 0).contours, 0.7, 2.5) for i, t in enumerate([1, 5, 5]))
+    readers = tuple(
+        Outline(i, t, outline(0, 0, 0).contours, 0.7, 2.5) for i, t in enumerate([1, 5, 5])
+    )
     assert Nodule("P", 1, readers).class_name == "solid"
 
 
 def test_outlines_of_one_nodule_meet_and_others_do_not() -> None:
-    marks = [outline(100, 100, 0), outline(102, 101, 2.5), outline(100, 100, 30), outline(140, 100, 0)]
+    marks = [
+        outline(100, 100, 0),
+        outline(102, 101, 2.5),
+        outline(100, 100, 30),
+        outline(140, 100, 0),
+    ]
     groups = cluster(marks)
     assert sorted(len(group) for group in groups) == [1, 1, 2]
     assert cluster([]) == []
@@ -118,7 +125,7 @@ def test_a_chain_of_neighbours_is_not_one_nodule() -> None:
     assert max(len(group) for group in cluster(chain)) <= 4
 
 
-def test_diameter_is_the_interior_s() -> None:
+def test_diameter_is_that_of_the_interior() -> None:
     assert outline(50, 50, 0, radius=5).diameter_mm == pytest.approx(9 * 0.7)
     square = Outline(1, 5, (Contour(np.array([[0, 0], [3, 0], [3, 3], [0, 3.0]]), 0.0),), 1.0, 1.0)
     assert square.diameter_mm == pytest.approx(np.hypot(3, 3) - 1)

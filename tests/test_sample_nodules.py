@@ -40,7 +40,9 @@ def test_blend_is_a_weighted_mean(lung: np.ndarray, alpha: np.ndarray) -> None:
     assert (result[alpha == 0] == lung[alpha == 0]).all()
     assert (result[alpha == 1] == 40).all()
     half = (alpha > 0.4) & (alpha < 0.6)
-    assert result[half].mean() == pytest.approx((1 - alpha[half]).mean() * -850 + 40 * alpha[half].mean(), abs=15)
+    assert result[half].mean() == pytest.approx(
+        (1 - alpha[half]).mean() * -850 + 40 * alpha[half].mean(), abs=15
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,9 @@ def test_vessels_stay_visible_in_ground_glass(lung: np.ndarray, alpha: np.ndarra
 def test_thin_ground_glass_is_still_visible(lung: np.ndarray) -> None:
     faint = np.zeros(SHAPE, np.float32)
     faint[3, 19:22, 19:22] = 0.4
-    result = blend(lung, faint, ground_glass_content(lung, faint, -700.0, 0.0, np.random.default_rng(0)))
+    result = blend(
+        lung, faint, ground_glass_content(lung, faint, -700.0, 0.0, np.random.default_rng(0))
+    )
     assert (result - lung)[3, 19:22, 19:22].mean() > 90
 
 

@@ -12,7 +12,7 @@ from medvision.sample.config import load_config
 from medvision.sample.decoys import draw_decoy
 from medvision.sample.lidc import Contour, Outline
 from medvision.sample.nodules import core_coverage, deepest_mm
-from medvision.sample.shapes import coverage, mask_of, outline_shape, polygon_distance
+from medvision.sample.shapes import Shape, coverage, mask_of, outline_shape, polygon_distance
 
 SPACING = (2.5, 0.703125, 0.703125)
 VOXEL_MM3 = float(np.prod(SPACING))
@@ -31,9 +31,7 @@ def cylinder(radius_px: float, slices: int, pixel_mm: float, slice_mm: float) ->
 def ball(radius_mm: float, pixel_mm: float, slice_mm: float) -> Outline:
     heights = np.arange(-radius_mm + slice_mm / 2, radius_mm, slice_mm)
     radii = np.sqrt(radius_mm**2 - heights**2) / pixel_mm + 0.5
-    contours = tuple(
-        Contour(circle(r), float(z)) for z, r in zip(heights, radii, strict=True)
-    )
+    contours = tuple(Contour(circle(r), float(z)) for z, r in zip(heights, radii, strict=True))
     return Outline(1, 5, contours, pixel_mm, slice_mm)
 
 
@@ -61,8 +59,10 @@ def test_coverage_keeps_the_volume(
 
 @pytest.mark.parametrize("radius_mm", [2.5, 4.0, 8.0])
 def test_a_ball_resampled_keeps_its_volume(radius_mm: float) -> None:
-    alpha = coverage(outline_shape(ball(radius_mm, 0.6, 1.0)), SPACING, psf_sigma_px=0.7)
-    expected = 4 / 3 * np.pi * radius_mm**3
+    outline = ball(radius_mm, 0.6, 1.0)
+    alpha = coverage(outline_shape(outline), SPACING, psf_sigma_px=0.7)
+    radii = [np.ptp(c.points[:, 0]) / 2 - 0.5 for c in outline.contours]
+    expected = np.pi * np.square(np.multiply(radii, 0.6)).sum() * 1.0
     assert alpha.sum() * VOXEL_MM3 == pytest.approx(expected, rel=0.05)
 
 
@@ -102,9 +102,7 @@ def test_pixels_on_the_outline_are_outside() -> None:
     assert alpha.sum() == pytest.approx(9, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "points", [[[5, 5]], [[5, 5], [6, 5]], [[5, 5], [6, 5], [6, 6], [5, 6]]]
-)
+@pytest.mark.parametrize("points", [[[5, 5]], [[5, 5], [6, 5]], [[5, 5], [6, 5], [6, 6], [5, 6]]])
 def test_an_outline_without_interior_keeps_its_own_pixels(points: list) -> None:
     shape = outline_shape(Outline(1, 5, (Contour(np.array(points, float), 0.0),), 0.7, 2.5))
     assert mask_of(coverage(shape, SPACING, psf_sigma_px=0.7)).any()
@@ -131,7 +129,9 @@ def test_shift_moves_the_centre_of_mass() -> None:
     alpha = coverage(shape, SPACING, (0.6, -0.3, 0.2))
     places = np.meshgrid(*[np.arange(n) - n // 2 for n in alpha.shape], indexing="ij")
     center = [(alpha * p).sum() / alpha.sum() * s for p, s in zip(places, SPACING, strict=True)]
-    assert center == pytest.approx([0.6, -0.3, 0.2], abs=0.1)
+    # A slice is sampled five times, so a flat end may lie a quarter of a millimetre off.
+    assert center[0] == pytest.approx(0.6, abs=0.26)
+    assert center[1:] == pytest.approx([-0.3, 0.2], abs=0.02)
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.6])
@@ -152,9 +152,9 @@ def test_a_core_is_so_much_of_the_diameter(fraction: float) -> None:
 def test_decoys_are_whole_and_of_their_size(kind: str, seed: int) -> None:
     decoy = draw_decoy(kind, load_config().decoys, np.random.default_rng(seed))
     alpha = coverage(decoy.shape, SPACING)
-    rim = alpha.copy()
-    rim[1:-1, 1:-1, 1:-1] = 0
-    assert rim.sum() <= 0.01 * alpha.sum(), "cut off at its window"
+    z, y, x = decoy.shape.half_extent_mm
+    wider = coverage(Shape((z + 6, y + 6, x + 6), decoy.shape.distance), SPACING)
+    assert alpha.sum() == pytest.approx(wider.sum(), rel=1e-3), "cut off at its window"
     extent = [np.ptp(axis) * s for axis, s in zip(np.nonzero(alpha > 0.1), SPACING, strict=True)]
     longest = float(np.linalg.norm(extent))
     if kind == "calcified":

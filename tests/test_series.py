@@ -11,15 +11,13 @@ import pytest
 from medvision.errors import InputError
 from medvision.outputs.dicom_ct import write_ct_series
 from medvision.sample_data.phantoms import ORIENTATIONS, make_phantom
+from medvision.scans.instance import Instance, looks_like_dicom, read_instance
 from medvision.scans.series import (
-    Instance,
     Series,
     choose_series,
     find_instances,
     group_series,
-    looks_like_dicom,
     order_instances,
-    read_instance,
 )
 
 

@@ -131,10 +131,11 @@ def _paint(shape: tuple[int, int, int], annotations: Sequence[Annotation]) -> ND
 
 
 def _row(item: Annotation, affine: Affine) -> LabelRow:
-    if item.mask is None:
-        diameter = box_diameter_mm(item.box, affine)
-    else:
-        diameter = mask_diameter_mm(item.mask, affine)
+    diameter = (
+        box_diameter_mm(item.box, affine)
+        if item.mask is None
+        else mask_diameter_mm(item.mask, affine)
+    )
     box_mm = geometry.box_to_patient(affine, item.box)
     return LabelRow(item.label, item.class_name, item.ignore, item.box, box_mm, diameter)
 

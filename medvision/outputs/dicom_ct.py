@@ -93,27 +93,21 @@ def write_ct_series(
     folder = Path(folder)
     extra = dict(attributes or {})
     _check_attributes(extra)
-    if any(folder.glob("IM*.dcm")):
-        raise UsageError(
-            "A series is written to a folder without IM*.dcm files.",
-            where=folder,
-            do="choose another folder, or remove the old series.",
-        )
+    _check_folder(folder)
     stored = _stored_values(volume)
     salt = repr((patient_id, series_description, series_number, sorted(extra.items())))
     uids = _make_uids(volume, stored, salt, original)
-    common = _common_attributes(volume, stored, uids, original)
-    common.update(
-        PatientID=patient_id, SeriesDescription=series_description, SeriesNumber=series_number
-    )
-    if not extra.get("BodyPartExamined"):
-        # It may be one of a pair, which asks for a Laterality, known or not (PS3.3 C.7.3.1).
-        common["Laterality"] = None
+    common = {
+        **_common_attributes(volume, stored, uids, original),
+        **_laterality(extra),
+        "PatientID": patient_id,
+        "SeriesDescription": series_description,
+        "SeriesNumber": series_number,
+    }
     paths = []
     for index in range(len(stored)):
         path = folder / f"IM{index + 1:04d}.dcm"
-        slice_attributes = _slice_attributes(volume, stored, uids, index)
-        _write(path, {**common, **slice_attributes, **extra})
+        _write(path, {**common, **_slice_attributes(volume, stored, uids, index), **extra})
         paths.append(path)
         on_progress(Progress("write", index + 1, len(stored), "slices"))
     return paths
@@ -129,6 +123,20 @@ def _check_attributes(extra: Mapping[str, Any]) -> None:
                 f"got {keyword!r}.",
                 do="leave it out.",
             )
+
+
+def _check_folder(folder: Path) -> None:
+    if any(folder.glob("IM*.dcm")):
+        raise UsageError(
+            "A series is written to a folder without IM*.dcm files.",
+            where=folder,
+            do="choose another folder, or remove the old series.",
+        )
+
+
+def _laterality(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an empty Laterality where the body part may be one of a pair (PS3.3 C.7.3.1)."""
+    return {} if extra.get("BodyPartExamined") else {"Laterality": None}
 
 
 def _stored_values(volume: Volume) -> NDArray:

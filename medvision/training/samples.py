@@ -23,6 +23,10 @@ _MARGIN = 1.25
 """Crops are cut larger and trimmed after rotation, so that corners hold scan and not padding."""
 
 
+_MOST_LABELS = 100
+"""Lesions of one slice that a crop's 8-bit label map keeps apart, twice."""
+
+
 @dataclass(frozen=True)
 class Lesion:
     """A lesion to draw crops of: where it is in which case."""
@@ -78,6 +82,7 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         self.augmenter = augmenter
         self.seed = seed
         self._weights = lesion_weights(lesions, sampling.class_balance)
+        self._present = [labels_by_plane(case.labels) for case in cases]
         self._class_of = {(item.case, item.label): item.class_index for item in lesions}
         self._size = int(np.ceil(sampling.crop_size * _MARGIN))
 
@@ -94,7 +99,7 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         window = self._near_planes(case, plane, offsets)
         pixels = crop_padded(case.array[window], top, left, size, case.limits[0])
         image = apply_window(slice_stack(pixels, plane - window.start, offsets), case.limits)
-        labels, table = self._label_crop(case, plane, top, left)
+        labels, table = self._label_crop(number, plane, top, left)
         moved, moved_labels = self.augmenter(image, labels, int(generator.integers(2**31)))
         target = self._target(number, plane, moved_labels, table)
         return Sample(torch.from_numpy(moved), target, case.case_id)
@@ -126,27 +131,29 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         return slice(max(0, plane - reach), min(len(case.array), plane + reach + 1))
 
     def _label_crop(
-        self, case: CachedCase, plane: int, top: int, left: int
+        self, number: int, plane: int, top: int, left: int
     ) -> tuple[NDArray[np.uint8], list[tuple[int, bool]]]:
         """Return the crop's label map renumbered 1..n, and for each number (label, on this slice).
 
-        Lesions within ``ignore_slices`` of this slice are drawn where they are there, under the lesions
-        of the slice itself: they are to be ignored, as a reader cannot tell where a lesion ends.
+        Lesions within ``ignore_slices`` of this slice are drawn where they are there, under the
+        lesions of the slice itself: they are to be ignored, as a reader cannot tell where a
+        lesion ends.
         """
         reach = self.sampling.ignore_slices
-        low, high = max(0, plane - reach), min(len(case.labels), plane + reach + 1)
+        labels = self.cases[number].labels
         size = (self._size, self._size)
-        near = crop_padded(np.asarray(case.labels[low:high]), top, left, size, 0)
-        here = near[plane - low]
         crop = np.zeros(size, dtype=np.uint8)
         table: list[tuple[int, bool]] = []
-        present = set(np.unique(here).tolist()) - {0}
-        for label in sorted(set(np.unique(near).tolist()) - present - {0})[:100]:
+        here = self._present[number].get(plane, set())
+        planes = range(max(0, plane - reach), min(len(labels), plane + reach + 1))
+        near = {z: self._present[number].get(z, set()) - here for z in planes}
+        for label in sorted(set().union(*near.values()))[:_MOST_LABELS]:
             table.append((label, False))
-            crop[(near == label).any(axis=0)] = len(table)
-        for label in sorted(present)[:100]:
+            for z in (z for z, found in near.items() if label in found):
+                crop[crop_padded(labels[z], top, left, size, 0) == label] = len(table)
+        for label in sorted(here)[:_MOST_LABELS]:
             table.append((label, True))
-            crop[here == label] = len(table)
+            crop[crop_padded(labels[plane], top, left, size, 0) == label] = len(table)
         return crop, table
 
     def _target(
@@ -168,6 +175,16 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
             "labels": torch.tensor(classes, dtype=torch.long),
             "ignored": torch.tensor(ignored, dtype=torch.float32).reshape(-1, 4),
         }
+
+
+def labels_by_plane(labels: NDArray[np.integer]) -> dict[int, set[int]]:
+    """Return which labels are on which slice of ``labels[slice, row, column]``; empty slices left out."""
+    present: dict[int, set[int]] = {}
+    for label, where in enumerate(find_objects(np.asarray(labels)), start=1):
+        if where is not None:
+            for offset in np.flatnonzero((labels[where] == label).any(axis=(1, 2))).tolist():
+                present.setdefault(where[0].start + offset, set()).add(label)
+    return present
 
 
 def lesion_weights(lesions: list[Lesion], balance: float) -> NDArray[np.float64]:

@@ -1,0 +1,142 @@
+"""One sitting of a training run: its steps, records, validations and checkpoints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from medvision.detector import BEST_WEIGHTS, DetectorConfig, save_weights
+from medvision.errors import Interrupted
+from medvision.models.retinanet import RetinaNet
+from medvision.progress import Progress, ProgressCallback, StopCallback
+from medvision.stacks.augment import Augmenter
+from medvision.training.checkpoint import TrainState, save_checkpoint
+from medvision.training.config import TrainConfig
+from medvision.training.loop import Clock, SkipGuard, Trainer, batches, monotonic
+from medvision.training.pictures import write_validation_pictures
+from medvision.training.prepare import TrainingData
+from medvision.training.samples import CropSampler, find_training_lesions
+from medvision.training.validate import Validation, validate
+
+METRICS_FILE = "metrics.jsonl"
+PICTURE_FOLDER = "validation"
+CHECKPOINT_SECONDS = 60.0
+LOG_EVERY = 20
+
+
+@dataclass
+class Session:
+    """One sitting of a run: from its current step to the end, or to a stop."""
+
+    run: Path
+    config: TrainConfig
+    detector: DetectorConfig
+    cases: TrainingData
+    trainer: Trainer
+    state: TrainState
+    on_progress: ProgressCallback
+    should_stop: StopCallback
+
+    def go(self) -> Validation | None:
+        """Train to the end; return the last validation, if scans were held out."""
+        config, state = self.config, self.state
+        if state.finished:
+            return None
+        clock = Clock(config, state.seconds, monotonic)
+        guard = SkipGuard()
+        saved = monotonic()
+        last = None
+        progress = clock.progress(state.step)
+        validations = int(progress * config.validations)
+        self.trainer.network.train()
+        for images, targets, names in batches(self._dataset(), config, state.step):
+            losses = self.trainer.step(images, targets, progress)
+            guard.note(losses is not None, names)
+            state.step += 1
+            state.seconds = clock.seconds
+            self._tell(losses)
+            progress = clock.progress(state.step)
+            self._stop_if_asked(guard)
+            if int(progress * config.validations) > validations and self.cases.validation:
+                validations = int(progress * config.validations)
+                last = self._validate()
+                self.trainer.network.train()
+            if monotonic() - saved > CHECKPOINT_SECONDS:
+                self._save(guard)
+                saved = monotonic()
+            if progress >= 1.0:
+                break
+        state.finished = True
+        self._save(guard)
+        return last
+
+    def _dataset(self) -> CropSampler:
+        cases = self.cases.training
+        return CropSampler(
+            cases,
+            find_training_lesions(cases, self.detector.class_names),
+            self.detector.stack,
+            self.config.sampling,
+            Augmenter(self.config.augment, self.config.sampling.crop_size),
+            self.config.seed,
+        )
+
+    def _tell(self, losses: dict[str, float] | None) -> None:
+        note = "loss not finite, step skipped" if losses is None else f"loss {losses['loss']:.3f}"
+        if self.state.best_score is not None:
+            note += f", validation CPM {self.state.best_score:.3f}"
+        self.on_progress(Progress("train", self.state.step, self.config.steps, "steps", note))
+        if losses is not None and self.state.step % LOG_EVERY == 0:
+            self._record({"kind": "train", **losses})
+
+    def _record(self, values: dict[str, object]) -> None:
+        line = {"step": self.state.step, "seconds": round(self.state.seconds, 1), **values}
+        with (self.run / METRICS_FILE).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def _stop_if_asked(self, guard: SkipGuard) -> None:
+        signal_number = self.should_stop()
+        if signal_number is None:
+            return
+        self._save(guard)
+        raise Interrupted(
+            f"Training was stopped at step {self.state.step} of {self.config.steps}; it is saved.",
+            signal_number=signal_number,
+            do="Go on with the same command and --resume.",
+        )
+
+    def _save(self, guard: SkipGuard) -> None:
+        self.state.skipped_steps += guard.skipped
+        guard.skipped = 0
+        save_checkpoint(
+            self.run, self.state, self.trainer.network, self.trainer.average, self.trainer.optimizer
+        )
+
+    def _validate(self) -> Validation:
+        average = self.trainer.average
+        if not isinstance(average, RetinaNet):
+            raise TypeError(f"Expected a RetinaNet; got {type(average).__name__}.")
+        result = validate(
+            average, self.detector, self.cases.validation, self.trainer.device, self.on_progress
+        )
+        self._record(
+            {
+                "kind": "validation",
+                "scans": result.scans,
+                "lesions": result.lesions,
+                "cpm": result.cpm,
+                "sensitivity_at_1_fp": result.sensitivity_at_1_fp,
+            }
+        )
+        # Later weights win a tie: they have seen more.
+        score = result.cpm if result.cpm is not None else 0.0
+        if self.state.best_score is None or score >= self.state.best_score:
+            self.state.best_score, self.state.best_step = result.cpm, self.state.step
+            save_weights(
+                self.run / BEST_WEIGHTS, average.state_dict(), {"step": str(self.state.step)}
+            )
+            write_validation_pictures(
+                self.run / PICTURE_FOLDER, self.cases.validation, result.results
+            )
+        return result
