@@ -175,8 +175,10 @@ def test_test_case_is_the_left_lung_with_the_own_nodule_ignored(
 
 
 def test_a_nodule_without_room_is_refused(chest: Chest, config: SampleConfig) -> None:
+    full = config.placement.model_copy(update={"max_mean_hu": -2000.0, "attempts": 5})
+    config = config.model_copy(update={"placement": full})
     with pytest.raises(InputError, match="no room"):
-        make_train_case(chest, plan(nodule(60, 5, 1)), 0, config)
+        make_train_case(chest, plan(nodule(6, 5, 1)), 0, config)
 
 
 def test_places_keep_off_vessels() -> None:

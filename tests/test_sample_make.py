@@ -164,7 +164,7 @@ def test_series_is_the_ct_under_the_collection_s_names(sample: SampleSummary, ca
     values = first.pixel_array * float(first.RescaleSlope) + float(first.RescaleIntercept)
     import nibabel
 
-    stored = np.asarray(nibabel.load(cache / "cxr.nii.gz").dataobj)[:, ::-1, 0].T
+    stored = nibabel.Nifti1Image.from_filename(cache / "cxr.nii.gz").get_fdata()[:, ::-1, 0].T
     assert (values == stored).all()
 
 

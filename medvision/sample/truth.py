@@ -36,7 +36,9 @@ def outline_mask(outline: Outline, volume: Volume) -> NDArray[np.bool_]:
 
 def agreed_nodule(nodule: Nodule, volume: Volume, readers: int, label: int = 1) -> Annotation:
     """Return the voxels that at least so many readers include; InputError if there are none."""
-    votes = np.sum([outline_mask(outline, volume) for outline in nodule.outlines], axis=0)
+    votes = np.zeros(volume.shape, dtype=np.uint8)
+    for outline in nodule.outlines:
+        votes += outline_mask(outline, volume)
     found = np.argwhere(votes >= readers)
     if not found.size:
         raise InputError(f"No voxel of the CT is inside the outlines of {readers} readers.")
