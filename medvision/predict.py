@@ -13,9 +13,11 @@ from medvision.detector import DetectorConfig, load_detector
 from medvision.device import Device, choose_device
 from medvision.errors import InputError
 from medvision.findings.assemble import make_finding
+from medvision.findings.config import PredictConfig
 from medvision.findings.finding import Finding, ScanFindings
 from medvision.findings.merge import SliceDetections, link_slices
 from medvision.geometry import Box
+from medvision.models.flips import detect_with_flips
 from medvision.models.postprocess import select_detections
 from medvision.models.retinanet import RetinaNet
 from medvision.progress import Progress, ProgressCallback, ignore_progress
@@ -94,12 +96,18 @@ def find_lesions(
         detections.scores,
         detections.class_probabilities,
     )
-    lesions = link_slices(detections, config.predict)[: config.predict.findings_per_scan]
+    depth = score_depth(volume, config.predict)
+    lesions = link_slices(detections, config.predict, depth)[: config.predict.findings_per_scan]
     kept = [lesion for lesion in lesions if lesion.score >= config.predict.score_thresh]
     return tuple(
         make_finding(number, lesion, detections, config.class_names, volume.shape, volume.affine)
         for number, lesion in enumerate(kept, start=1)
     )
+
+
+def score_depth(volume: Volume, config: PredictConfig) -> int:
+    """Return over how many slices a finding's score is averaged; never more than there are."""
+    return min(max(1, round(config.score_depth_mm / volume.spacing_mm[0])), volume.shape[0])
 
 
 @torch.inference_mode()
@@ -120,7 +128,7 @@ def detect_slices(
     for first, batch in _stack_batches(volume, window, network.strides[-1], config):
         images = torch.from_numpy(batch).to(device.torch_device, memory_format=torch.channels_last)
         with device.autocast():
-            raw = network(images)
+            raw = detect_with_flips(network, images) if settings.flips else network(images)
         selected = select_detections(
             raw,
             score_thresh=settings.box_score_thresh,

@@ -12,10 +12,16 @@ from medvision.models.anchors import fit_anchor_sizes, level_anchors, shape_iou
 from medvision.models.box_coder import decode_boxes, encode_boxes
 from medvision.models.config import RetinaNetConfig
 from medvision.models.criterion import Criterion, Target
+from medvision.models.flips import detect_with_flips
 from medvision.models.losses import box_loss, focal_loss
 from medvision.models.matcher import BACKGROUND, IGNORED, ignore_inside, match_atss
 from medvision.models.postprocess import select_detections
-from medvision.models.retinanet import RawDetections, build_retinanet, pyramid_strides
+from medvision.models.retinanet import (
+    InnerWindows,
+    RawDetections,
+    build_retinanet,
+    pyramid_strides,
+)
 
 SIZES = (((4.0, 4.0), (6.0, 7.0)), ((9.0, 9.0), (13.0, 12.0)), ((20.0, 18.0), (30.0, 33.0)))
 CONFIG = RetinaNetConfig(width=8, pyramid_channels=16, anchor_sizes=SIZES)
@@ -190,9 +196,9 @@ def test_head_outputs_belong_to_their_anchors() -> None:
     network = build_retinanet(CONFIG, 1, 2).eval()
     level = torch.zeros(1, 16, 4, 5)
     with torch.no_grad():
-        base = network.head(level)[2]
+        base = network.head(level, 0)[2]
         level[0, :, 2, 3] = 50.0
-        moved = network.head(level)[2]
+        moved = network.head(level, 0)[2]
     changed = (base - moved).abs().sum(dim=-1).reshape(4, 5, 2)
     assert changed[2, 3].min() > changed.median()
 
@@ -207,3 +213,32 @@ def test_select_keeps_one_of_two_copies_and_respects_the_threshold() -> None:
     torch.testing.assert_close(found["class_probabilities"], torch.full((2, 3), 1 / 3))
     none = select_detections(raw, score_thresh=0.95, nms_thresh=0.3, detections_per_img=10)[0]
     assert none["boxes"].shape == (0, 4)
+
+
+def test_inner_windows_by_hand() -> None:
+    windows = InnerWindows(((0.0, 0.5), (0.25, 0.75)))
+    seen = windows(torch.tensor([0.0, 0.25, 0.5, 1.0]).reshape(1, 1, 1, 4))
+    expected = [[-1, -0.5, 0, 1], [-1, 0, 1, 1], [-1, -1, 0, 1]]
+    torch.testing.assert_close(seen[0, :, 0], torch.tensor(expected, dtype=torch.float32))
+
+
+def test_mirror_images_are_averaged_in_one_frame() -> None:
+    torch.manual_seed(1)
+    network = build_retinanet(CONFIG, 3, 2).eval()
+    images = torch.rand(1, 3, 48, 64)
+    with torch.no_grad():
+        mean = detect_with_flips(network, images)
+        turned = detect_with_flips(network, images.flip((-2, -1)))
+    # Four views of the turned slice are the same four pictures, so only the frame differs.
+    boxes = turned.boxes[0].clone()
+    boxes = torch.stack((64 - boxes[:, 2], 48 - boxes[:, 3], 64 - boxes[:, 0], 48 - boxes[:, 1]), 1)
+    for (rows, columns), first in zip(((12, 16), (6, 8), (3, 4)), (0, 384, 480), strict=True):
+        cells = torch.arange(rows * columns * 2).reshape(rows, columns, 2) + first
+        mirror = cells.flip((0, 1)).flatten()
+        torch.testing.assert_close(
+            mean.lesion_logits[0, cells.flatten()], turned.lesion_logits[0, mirror]
+        )
+        torch.testing.assert_close(mean.boxes[0, cells.flatten()], boxes[mirror])
+        torch.testing.assert_close(
+            mean.class_logits[0, cells.flatten()], turned.class_logits[0, mirror]
+        )

@@ -13,7 +13,7 @@ from medvision.findings.finding import SliceBox
 from medvision.findings.merge import SliceDetections, link_slices, pairwise_iou
 from medvision.geometry import Box, box_corners_mm, make_affine
 
-CONFIG = PredictConfig(score_slices=2)
+CONFIG = PredictConfig(link_score_ratio=0.3)
 OBLIQUE = make_affine(
     [10.0, -20.0, 30.0],
     [0.0, 0.6, 0.8],
@@ -39,11 +39,12 @@ def test_a_lesion_on_three_slices_is_one_and_a_distant_one_another() -> None:
         (6, 11, 11, 20, 20, 0.4),
         (5, 60, 60, 66, 66, 0.5),
     )
-    first, second = link_slices(found, CONFIG)
+    first, second = link_slices(found, CONFIG, 2)
     assert first.members.tolist() == [0, 1, 2]
     assert first.score == pytest.approx((0.9 + 0.8) / 2)
     assert second.members.tolist() == [3]
-    assert second.score == pytest.approx(0.5)
+    # One box of two: the missing one counts as 0.
+    assert second.score == pytest.approx(0.25)
 
 
 def test_one_slice_may_be_bridged_but_not_two() -> None:
@@ -100,7 +101,7 @@ def test_iou_by_hand() -> None:
 
 def test_a_finding_is_placed_in_the_patient_through_all_corners() -> None:
     found = detections((3, 10, 20, 16, 28, 0.9), (4, 11, 20, 17, 28, 0.7))
-    (lesion,) = link_slices(found, CONFIG)
+    (lesion,) = link_slices(found, CONFIG, 2)
     finding = make_finding(1, lesion, found, ("benign", "malignant"), (10, 60, 50), OBLIQUE)
     assert finding.box == Box(3, 20, 10, 5, 28, 17)
     corners = box_corners_mm(OBLIQUE, finding.box)

@@ -39,6 +39,8 @@ PLAIN = make_affine([0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0], [1.25, 0.7, 0.7]
 
 
 def config(**predict: float) -> DetectorConfig:
+    # The stand-in for a network has no grid of anchors to mirror.
+    predict = {"flips": False, **predict}
     return DetectorConfig(
         class_names=("dark", "bright"),
         modality="CT",

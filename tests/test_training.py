@@ -212,13 +212,13 @@ def test_the_slice_beyond_a_lesion_and_ignored_lesions_count_neither_way(tmp_pat
     sampler = sampler_of([case])
     for plane, boxes, ignored in ((9, 0, 1), (10, 1, 0), (11, 1, 0), (12, 0, 1), (13, 0, 0)):
         labels, table = sampler._label_crop(0, plane, 0, 0)
-        target = sampler._target(0, plane, labels, table)
+        target = sampler._target(labels, table)
         assert (len(target["boxes"]), len(target["ignored"])) == (boxes, ignored)
     hidden = cache_case(one_lesion_case(True), tmp_path, 0.7, (-1000, 400))
     assert find_training_lesions([hidden], ("solid",)) == []
     sampler = sampler_of([hidden])
     labels, table = sampler._label_crop(0, 10, 0, 0)
-    assert len(sampler._target(0, 10, labels, table)["ignored"]) == 1
+    assert len(sampler._target(labels, table)["ignored"]) == 1
 
 
 def test_cached_labels_follow_the_pixels(tmp_path: Path) -> None:

@@ -19,8 +19,11 @@ class PredictConfig(BaseModel):
     link_iou: float = Field(0.2, gt=0, le=1, description="IoU that links boxes of two slices")
     link_gap: int = Field(1, ge=0, description="slices without a box that a finding may bridge")
     link_score_ratio: float = Field(
-        0.3, ge=0, le=1, description="lowest score of a finding's box, relative to its best"
+        0.1, ge=0, le=1, description="lowest score of a finding's box, relative to its best"
     )
-    score_slices: int = Field(2, ge=1, description="best boxes whose mean is a finding's score")
+    score_depth_mm: float = Field(
+        7.5, gt=0, description="depth over which a finding's best boxes are averaged, mm"
+    )
+    flips: bool = Field(True, description="average over the slices and their mirror images")
     score_thresh: float = Field(0.05, ge=0, le=1, description="lowest score of a finding reported")
     findings_per_scan: int = Field(100, ge=1, description="most findings reported for a scan")

@@ -43,13 +43,19 @@ def pairwise_iou(first: NDArray[np.floating], second: NDArray[np.floating]) -> N
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
-def link_slices(detections: SliceDetections, config: PredictConfig) -> list[LinkedLesion]:
+def link_slices(
+    detections: SliceDetections, config: PredictConfig, depth: int = 1
+) -> list[LinkedLesion]:
     """Group the boxes of a scan into lesions, by falling score.
 
     The best free box starts a lesion; upwards and downwards the free box that overlaps the last one most
     joins it, as long as the IoU reaches ``link_iou`` and the score ``link_score_ratio`` of the first's,
     over at most ``link_gap`` empty slices. Free boxes that lie over the lesion are then used up,
     so that nothing is reported twice.
+
+    A lesion's score is the mean of its ``depth`` best boxes, missing ones counted as 0: a lesion
+    of a few mm still shows on the slices next to its own, noise and a vessel's crossing do not, so on
+    thin slices one box alone is weak evidence.
     """
     free = np.ones(len(detections.scores), dtype=bool)
     by_slice = _rows_by_slice(detections.slice_index)
@@ -59,9 +65,8 @@ def link_slices(detections: SliceDetections, config: PredictConfig) -> list[Link
             continue
         members = _grow(int(seed), detections, by_slice, free, config)
         _use_up(members, detections, by_slice, free, config)
-        best = np.sort(detections.scores[members])[::-1][: config.score_slices]
-        # A lesion on fewer slices than score_slices is averaged over what it has.
-        lesions.append(LinkedLesion(members, float(best.mean())))
+        best = np.sort(detections.scores[members])[::-1][:depth]
+        lesions.append(LinkedLesion(members, float(best.sum() / depth)))
     lesions.sort(key=lambda lesion: -lesion.score)
     return lesions
 

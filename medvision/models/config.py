@@ -17,6 +17,9 @@ class RetinaNetConfig(BaseModel):
     stem_pooling: bool = Field(
         False, description="the max pooling after the stem; off keeps P2 sharp"
     )
+    inner_windows: tuple[tuple[float, float], ...] = Field(
+        ((0.0, 0.5),), description="further windows, in shares of the stack's; none: ()"
+    )
     pyramid_channels: int = Field(64, ge=8, description="channels of every pyramid level")
     head_depth: int = Field(2, ge=1, description="3 x 3 convolutions before each output")
     anchors_per_level: int = Field(2, ge=1, description="anchor shapes at each position of a level")

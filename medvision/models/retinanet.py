@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from medvision.models.anchors import AnchorSizes, level_anchors
 from medvision.models.backbone import ResNet
@@ -37,9 +38,15 @@ class RetinaNet(nn.Module):
     """
 
     def __init__(
-        self, backbone: ResNet, pyramid: FeaturePyramid, head: Head, anchor_sizes: AnchorSizes
+        self,
+        windows: InnerWindows,
+        backbone: ResNet,
+        pyramid: FeaturePyramid,
+        head: Head,
+        anchor_sizes: AnchorSizes,
     ) -> None:
         super().__init__()
+        self.windows = windows
         self.backbone = backbone
         self.pyramid = pyramid
         self.head = head
@@ -52,9 +59,9 @@ class RetinaNet(nn.Module):
 
         Rows and columns must be multiples of the coarsest stride.
         """
-        maps = self.backbone(images * 2 - 1)[-len(self.strides) :]
+        maps = self.backbone(self.windows(images))[-len(self.strides) :]
         levels = self.pyramid(maps)
-        outputs = [self.head(level) for level in levels]
+        outputs = [self.head(features, index) for index, features in enumerate(levels)]
         lesion, classes, deltas = (
             torch.cat(parts, dim=1).float() for parts in zip(*outputs, strict=True)
         )
@@ -70,14 +77,33 @@ class RetinaNet(nn.Module):
         return self.get_buffer(f"anchor_sizes_{level}")
 
 
+class InnerWindows(nn.Module):
+    """Shows the slices through narrower windows too, as further channels, all scaled to -1..1.
+
+    In a window that holds bone and air, ground glass stands out from lung by a tenth of the range
+    (several windows: Yan et al., MVP-Net, MICCAI 2019). A window is a share (low, high) of the
+    stack's own.
+    """
+
+    def __init__(self, windows: tuple[tuple[float, float], ...]) -> None:
+        super().__init__()
+        self.windows = windows
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Take ``[batch, slice, row, column]`` in 0..1 to ``[batch, slices * (1 + windows), ...]``."""
+        views = [images]
+        views += [((images - low) / (high - low)).clamp(0, 1) for low, high in self.windows]
+        return torch.cat(views, dim=1) * 2 - 1
+
+
 class Head(nn.Module):
     """Two towers of 3 x 3 convolutions: one for lesion and class, one for the box."""
 
-    def __init__(self, channels: int, depth: int, shapes: int, classes: int) -> None:
+    def __init__(self, channels: int, depth: int, levels: int, shapes: int, classes: int) -> None:
         super().__init__()
         self.classes = classes
-        self.class_tower = _tower(channels, depth)
-        self.box_tower = _tower(channels, depth)
+        self.class_tower = Tower(channels, depth, levels)
+        self.box_tower = Tower(channels, depth, levels)
         self.lesion = nn.Conv2d(channels, shapes, 3, 1, 1)
         self.category = nn.Conv2d(channels, shapes * classes, 3, 1, 1)
         self.box = nn.Conv2d(channels, shapes * 4, 3, 1, 1)
@@ -87,9 +113,9 @@ class Head(nn.Module):
         # At the start every anchor is a lesion with 1 percent: a million easy ones then cost little.
         _fill_bias(self.lesion, -math.log((1 - _PRIOR) / _PRIOR))
 
-    def forward(self, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take ``[batch, channel, row, column]`` to ``[batch, anchors, 1 | classes | 4]``."""
-        judged, placed = self.class_tower(level), self.box_tower(level)
+    def forward(self, features: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Take level ``[batch, channel, row, column]`` to ``[batch, anchors, 1 | classes | 4]``."""
+        judged, placed = self.class_tower(features, level), self.box_tower(features, level)
         return (
             _per_anchor(self.lesion(judged), 1),
             _per_anchor(self.category(judged), self.classes),
@@ -97,18 +123,34 @@ class Head(nn.Module):
         )
 
 
+class Tower(nn.Module):
+    """Convolutions that all levels share, with a batch norm of its own for each level.
+
+    Levels differ in their statistics, so one norm for all would fit none (Tan et al., EfficientDet,
+    CVPR 2020). A group norm would take its statistics from the picture, which in training is a crop around a
+    lesion and in use a whole slice: what it learnt would not hold there.
+    """
+
+    def __init__(self, channels: int, depth: int, levels: int) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, 1, 1, bias=False) for _ in range(depth)
+        )
+        self.norms = nn.ModuleList(
+            nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(depth)) for _ in range(levels)
+        )
+
+    def forward(self, features: Tensor, level: int) -> Tensor:
+        """Take ``[batch, channel, row, column]`` of pyramid level ``level`` to the same shape."""
+        norms = self.norms[level]
+        for convolution, norm in zip(self.convolutions, norms, strict=True):
+            features = functional.relu(norm(convolution(features)))
+        return features
+
+
 def _fill_bias(convolution: nn.Conv2d, value: float) -> None:
     if convolution.bias is not None:
         nn.init.constant_(convolution.bias, value)
-
-
-def _tower(channels: int, depth: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for _ in range(depth):
-        # Group norm: levels of different statistics share the tower, and batches are small.
-        layers += [nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.GroupNorm(8, channels)]
-        layers.append(nn.ReLU(inplace=True))
-    return nn.Sequential(*layers)
 
 
 def _per_anchor(output: Tensor, values: int) -> Tensor:
@@ -118,8 +160,10 @@ def _per_anchor(output: Tensor, values: int) -> Tensor:
     return split.permute(0, 3, 4, 1, 2).reshape(batch, -1, values)
 
 
-def build_retinanet(config: RetinaNetConfig, in_channels: int, classes: int) -> RetinaNet:
+def build_retinanet(config: RetinaNetConfig, n_slices: int, classes: int) -> RetinaNet:
     """Assemble the detector that ``config`` describes; its anchor sizes must have been fitted."""
+    windows = InnerWindows(config.inner_windows)
+    in_channels = n_slices * (1 + len(config.inner_windows))
     backbone = ResNet(in_channels, config.blocks, config.width, config.stem_pooling)
     used = [
         channels
@@ -127,8 +171,10 @@ def build_retinanet(config: RetinaNetConfig, in_channels: int, classes: int) -> 
         if stride >= FINEST_STRIDE
     ]
     pyramid = FeaturePyramid(used, config.pyramid_channels)
-    head = Head(config.pyramid_channels, config.head_depth, config.anchors_per_level, classes)
-    return RetinaNet(backbone, pyramid, head, config.anchor_sizes)
+    head = Head(
+        config.pyramid_channels, config.head_depth, len(used), config.anchors_per_level, classes
+    )
+    return RetinaNet(windows, backbone, pyramid, head, config.anchor_sizes)
 
 
 def pyramid_strides(config: RetinaNetConfig) -> list[int]:

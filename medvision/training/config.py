@@ -24,6 +24,9 @@ class SamplingConfig(BaseModel):
     class_balance: float = Field(
         0.5, ge=0, le=1, description="0: lesions as often as they are; 1: classes equally often"
     )
+    paste_share: float = Field(
+        0.5, ge=0, le=1, description="share of crops into which a lesion of some scan is pasted"
+    )
     ignore_slices: int = Field(
         1,
         ge=0,

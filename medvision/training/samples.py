@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from medvision.stacks.slice_stack import slice_stack, stack_offsets
 from medvision.stacks.window import apply_window
 from medvision.training.cache import CachedCase
 from medvision.training.config import SamplingConfig
+from medvision.training.paste import Cutout, cut_out, paste
 
 _MARGIN = 1.25
 """Crops are cut larger and trimmed after rotation, so that corners hold scan and not padding."""
@@ -37,6 +39,14 @@ class Lesion:
     planes: NDArray[np.int64]
     center: tuple[float, float]
     half_size: tuple[float, float]
+    window: tuple[slice, slice, slice]
+
+
+class CropLabel(NamedTuple):
+    """What a value of a crop's label map stands for; class None: to be ignored. Area in pixels."""
+
+    class_index: int | None
+    area: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ def find_training_lesions(cases: list[CachedCase], class_names: tuple[str, ...])
             center = ((where[1].start + where[1].stop) / 2, (where[2].start + where[2].stop) / 2)
             half = ((where[1].stop - where[1].start) / 2, (where[2].stop - where[2].start) / 2)
             index = class_names.index(case.classes[label])
-            lesions.append(Lesion(number, label, index, planes, center, half))
+            lesions.append(Lesion(number, label, index, planes, center, half, where))
     return lesions
 
 
@@ -84,6 +94,7 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         self._weights = lesion_weights(lesions, sampling.class_balance)
         self._present = [labels_by_plane(case.labels) for case in cases]
         self._class_of = {(item.case, item.label): item.class_index for item in lesions}
+        self._cutouts = self._cut_out_all() if sampling.paste_share else []
         self._size = int(np.ceil(sampling.crop_size * _MARGIN))
 
     def __getitem__(self, index: int) -> Sample:
@@ -98,11 +109,25 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         )
         window = self._near_planes(case, plane, offsets)
         pixels = crop_padded(case.array[window], top, left, size, case.limits[0])
-        image = apply_window(slice_stack(pixels, plane - window.start, offsets), case.limits)
+        stack = slice_stack(pixels, plane - window.start, offsets)
         labels, table = self._label_crop(number, plane, top, left)
+        self._paste(stack, labels, table, case.limits[1] - case.limits[0], generator)
+        image = apply_window(stack, case.limits)
         moved, moved_labels = self.augmenter(image, labels, int(generator.integers(2**31)))
-        target = self._target(number, plane, moved_labels, table)
+        target = self._target(moved_labels, table)
         return Sample(torch.from_numpy(moved), target, case.case_id)
+
+    def _cut_out_all(self) -> list[Cutout]:
+        cutouts = []
+        for lesion in self.lesions:
+            case = self.cases[lesion.case]
+            offsets = stack_offsets(
+                self.stack.n_slices, self.stack.slice_offset_mm, case.volume.spacing_mm[0]
+            )
+            cutouts.append(
+                cut_out(case, lesion.label, lesion.window, int(np.ceil(offsets[-1])) + 1)
+            )
+        return cutouts
 
     def _draw(self, generator: np.random.Generator) -> tuple[int, int, tuple[float, float]]:
         """Choose a case, a slice and the centre (row, column) of the crop."""
@@ -132,8 +157,8 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
 
     def _label_crop(
         self, number: int, plane: int, top: int, left: int
-    ) -> tuple[NDArray[np.uint8], list[tuple[int, bool]]]:
-        """Return the crop's label map renumbered 1..n, and for each number (label, on this slice).
+    ) -> tuple[NDArray[np.uint8], list[CropLabel]]:
+        """Return the crop's label map renumbered 1..n, and what each number stands for.
 
         Lesions within ``ignore_slices`` of this slice are drawn where they are there, under the
         lesions of the slice itself: they are to be ignored, as a reader cannot tell where a
@@ -143,31 +168,49 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         labels = self.cases[number].labels
         size = (self._size, self._size)
         crop = np.zeros(size, dtype=np.uint8)
-        table: list[tuple[int, bool]] = []
+        table: list[CropLabel] = []
         here = self._present[number].get(plane, set())
         planes = range(max(0, plane - reach), min(len(labels), plane + reach + 1))
         near = {z: self._present[number].get(z, set()) - here for z in planes}
         for label in sorted(set().union(*near.values()))[:_MOST_LABELS]:
-            table.append((label, False))
+            table.append(CropLabel(None, 0))
             for z in (z for z, found in near.items() if label in found):
                 crop[crop_padded(labels[z], top, left, size, 0) == label] = len(table)
         for label in sorted(here)[:_MOST_LABELS]:
-            table.append((label, True))
+            area = int((labels[plane] == label).sum())
+            table.append(CropLabel(self._class_of.get((number, label)), area))
             crop[crop_padded(labels[plane], top, left, size, 0) == label] = len(table)
         return crop, table
 
-    def _target(
-        self, number: int, plane: int, labels: NDArray[np.uint8], table: list[tuple[int, bool]]
-    ) -> Target:
-        case = self.cases[number]
+    def _paste(
+        self,
+        stack: NDArray[np.float32],
+        labels: NDArray[np.uint8],
+        table: list[CropLabel],
+        width: float,
+        generator: np.random.Generator,
+    ) -> None:
+        """Put a lesion of some training scan into this crop, if a place for it is found."""
+        if not self._cutouts or generator.random() >= self.sampling.paste_share:
+            return
+        chosen = int(generator.choice(len(self.lesions), p=self._weights))
+        spacing_mm = self.cases[self.lesions[chosen].case].volume.spacing_mm[0]
+        offsets = stack_offsets(self.stack.n_slices, self.stack.slice_offset_mm, spacing_mm)
+        border = (self._size - self.sampling.crop_size) // 2
+        cutout = self._cutouts[chosen]
+        mask = paste(stack, labels > 0, cutout, offsets, width, border, generator)
+        if mask is not None:
+            table.append(CropLabel(self.lesions[chosen].class_index, int(mask.sum())))
+            labels[mask] = len(table)
+
+    def _target(self, labels: NDArray[np.uint8], table: list[CropLabel]) -> Target:
         boxes, classes, ignored = [], [], []
         for value, box in boxes_from_labels(labels).items():
-            label, on_slice = table[value - 1]
-            whole = (case.labels[plane] == label).sum()
-            visible = (labels == value).sum() / max(1, whole)
-            if on_slice and label not in case.ignored and visible >= self.sampling.least_visible:
+            entry = table[value - 1]
+            visible = (labels == value).sum() / max(1, entry.area)
+            if entry.class_index is not None and visible >= self.sampling.least_visible:
                 boxes.append(box)
-                classes.append(self._class_of[number, label])
+                classes.append(entry.class_index)
             else:
                 ignored.append(box)
         return {

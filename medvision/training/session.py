@@ -57,11 +57,12 @@ class Session:
             state.seconds = clock.seconds
             self._tell(losses)
             progress = clock.progress(state.step)
-            self._stop_if_asked(guard)
             if int(progress * config.validations) > validations and self.cases.validation:
                 validations = int(progress * config.validations)
                 last = self._validate()
                 self.trainer.network.train()
+            # After the validation, so that a run resumed from here has not lost it.
+            self._stop_if_asked(guard)
             if monotonic() - saved > CHECKPOINT_SECONDS:
                 self._save(guard)
                 saved = monotonic()

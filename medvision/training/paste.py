@@ -1,0 +1,112 @@
+"""Copy-paste of lesions: every lesion is seen in many places, which rare classes need most.
+
+Ghiasi et al., Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation, CVPR
+2021; here a lesion moves as the stack of slices that it is, and only to places that look like its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import binary_dilation, gaussian_filter
+
+from medvision.stacks.slice_stack import slice_stack
+from medvision.training.cache import CachedCase
+
+_MARGIN = 4
+"""Pixels around a lesion that go along: two of blend and two of its own background to compare."""
+
+_TRIES = 8
+_NEAR = 0.08
+"""Largest difference of the medians of the two backgrounds, in window widths."""
+
+_CLEAR = 0.2
+"""Nothing brighter than this above the lesion's background, in window widths, may be covered."""
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """A lesion with its surroundings ``[slice, row, column]``, and how much of it is pasted, 0..1."""
+
+    pixels: NDArray
+    cover: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    background: float
+
+
+def cut_out(case: CachedCase, label: int, window: tuple[slice, slice, slice], reach: int) -> Cutout:
+    """Cut lesion ``label`` in ``window`` out of a case, with ``reach`` slices above and below."""
+    grown = tuple(
+        slice(max(0, axis.start - margin), min(size, axis.stop + margin))
+        for axis, margin, size in zip(
+            window, (reach, _MARGIN, _MARGIN), case.labels.shape, strict=True
+        )
+    )
+    pixels = np.array(case.array[grown])
+    mask = np.asarray(case.labels[grown]) == label
+    # What a lesion covers by less than half is lesion too, in the slice beyond as in the plane.
+    core = binary_dilation(mask, np.ones((3, 1, 1), dtype=bool))
+    core = binary_dilation(core, np.ones((1, 3, 3), dtype=bool))
+    cover = gaussian_filter(core.astype(np.float32), (0.0, 0.7, 0.7))
+    around = pixels[cover < 0.01]
+    background = float(np.median(around)) if around.size else float(pixels.min())
+    return Cutout(pixels, cover, mask, background)
+
+
+def paste(
+    stack: NDArray[np.float32],
+    occupied: NDArray[np.bool_],
+    cutout: Cutout,
+    offsets: NDArray[np.float64],
+    width: float,
+    border: int,
+    generator: np.random.Generator,
+) -> NDArray[np.bool_] | None:
+    """Blend a lesion into ``stack[channel, row, column]`` in place; return its mask ``[row, column]``.
+
+    Returns None if no place was found: nothing may be ``occupied[row, column]`` there, and the
+    background must be like the lesion's own. ``offsets`` are the lesion's channels in slices of its own
+    scan, ``width`` is the window's; ``border`` pixels at the edge are left alone. The middle channel
+    shows one of the slices that the lesion is on.
+    """
+    plane = int(generator.choice(np.flatnonzero(cutout.mask.any(axis=(1, 2)))))
+    pixels = slice_stack(cutout.pixels, plane, offsets)
+    cover = slice_stack(cutout.cover, plane, offsets)
+    mask = cutout.mask[plane]
+    pixels, cover, mask = _turned(pixels, cover, mask, int(generator.integers(8)))
+    rows, columns = mask.shape
+    free = (stack.shape[1] - 2 * border - rows, stack.shape[2] - 2 * border - columns)
+    if min(free) <= 0:
+        return None
+    touched = cover > 0.05
+    for _ in range(_TRIES):
+        top, left = (border + int(generator.integers(size)) for size in free)
+        where = (slice(top, top + rows), slice(left, left + columns))
+        if occupied[where][touched.any(axis=0)].any():
+            continue
+        target = stack[(slice(None), *where)]
+        if _alike(target[touched], cutout.background, width):
+            target += cover * (pixels - target)
+            placed = np.zeros(occupied.shape, dtype=bool)
+            placed[where] = mask
+            return placed
+    return None
+
+
+def _alike(values: NDArray, background: float, width: float) -> bool:
+    if abs(float(np.median(values)) - background) > _NEAR * width:
+        return False
+    return float(np.percentile(values, 97)) < background + _CLEAR * width
+
+
+def _turned(
+    pixels: NDArray, cover: NDArray, mask: NDArray, turn: int
+) -> tuple[NDArray, NDArray, NDArray]:
+    """Return all three in one of the eight orientations of a slice."""
+    quarter, mirrored = turn % 4, turn >= 4
+    turned = [np.rot90(item, quarter, axes=(-2, -1)) for item in (pixels, cover, mask)]
+    if mirrored:
+        turned = [item[..., ::-1] for item in turned]
+    return turned[0], turned[1], turned[2]

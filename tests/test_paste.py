@@ -1,0 +1,67 @@
+"""A pasted lesion is where its mask says, and only in places that look like its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from medvision.training.cache import CachedCase
+from medvision.training.paste import Cutout, cut_out, paste
+
+OFFSETS = np.array([-1.0, 0.0, 1.0])
+
+
+@pytest.fixture
+def cutout() -> Cutout:
+    """A bright 4 x 6 lesion on slices 5..7 of dark lung."""
+    array = np.full((12, 40, 40), -850, dtype=np.int16)
+    labels = np.zeros(array.shape, dtype=np.uint16)
+    window = (slice(5, 8), slice(20, 24), slice(10, 16))
+    array[window], labels[window] = 30, 3
+    case = CachedCase("a", "p", array, labels, np.eye(4), "CT", (-1000, 400), {3: "x"}, frozenset())
+    return cut_out(case, 3, window, 3)
+
+
+def lung(value: float = -840) -> tuple[np.ndarray, np.ndarray]:
+    return np.full((3, 64, 64), value, dtype=np.float32), np.zeros((64, 64), dtype=bool)
+
+
+def test_the_cutout_holds_the_lesion_and_covers_it_wholly(cutout: Cutout) -> None:
+    assert cutout.background == -850
+    assert cutout.mask.sum() == 3 * 4 * 6
+    assert cutout.cover[cutout.mask].min() > 0.9
+    assert cutout.cover.max() <= 1.0 + 1e-6
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_mask_lies_on_the_lesion_and_the_rest_is_untouched(cutout: Cutout, seed: int) -> None:
+    stack, occupied = lung()
+    before = stack.copy()
+    mask = paste(stack, occupied, cutout, OFFSETS, 1400, 8, np.random.default_rng(seed))
+    assert mask is not None
+    assert mask.sum() == 24
+    assert stack[1][mask].min() > -50
+    changed = np.abs(stack - before).max(axis=0) > 50
+    assert mask[changed].sum() == mask.sum()
+    assert changed.sum() <= 24 + 2 * (4 + 6 + 2) + 4
+    assert not changed[:8].any()
+    assert not changed[:, -8:].any()
+
+
+def test_no_place_leaves_the_stack_alone(cutout: Cutout) -> None:
+    generator = np.random.default_rng(0)
+    for value, taken in ((-840, True), (40, False)):
+        stack, occupied = lung(value)
+        occupied[:] = taken
+        before = stack.copy()
+        assert paste(stack, occupied, cutout, OFFSETS, 1400, 8, generator) is None
+        np.testing.assert_array_equal(stack, before)
+    small = np.full((3, 20, 20), -840, dtype=np.float32)
+    assert paste(small, np.zeros((20, 20), bool), cutout, OFFSETS, 1400, 8, generator) is None
+
+
+def test_a_vessel_is_not_covered(cutout: Cutout) -> None:
+    stack, occupied = lung()
+    stack[:, ::6] = 0.0
+    generator = np.random.default_rng(0)
+    assert paste(stack, occupied, cutout, OFFSETS, 1400, 8, generator) is None
