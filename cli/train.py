@@ -22,11 +22,11 @@ from medvision.cli.settings import build_config
 
 EPILOG = epilog(
     "medvision train data/train -o runs/nodules",
-    "medvision train data/train -o runs/nodules --set sampling.crop_size=96",
+    "medvision train data/train -o runs/nodules --set sampling.crop_size=128",
     "medvision train data/train -o runs/nodules --resume",
 )
 # As in TrainConfig; written here because a help page must not import it. A test compares them.
-DEFAULTS = {"steps": "1500", "max_minutes": "12", "seed": "0", "device": "auto"}
+DEFAULTS = {"steps": "1500", "max_minutes": "11", "seed": "0", "device": "auto"}
 
 
 def train(

@@ -19,13 +19,13 @@ class SamplingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    crop_size: int = Field(128, ge=32, multiple_of=16, description="side of a crop, pixels")
-    lesion_share: float = Field(0.6, ge=0, le=1, description="share of crops centred near a lesion")
+    crop_size: int = Field(96, ge=32, multiple_of=16, description="side of a crop, pixels")
+    lesion_share: float = Field(0.3, ge=0, le=1, description="share of crops centred near a lesion")
     class_balance: float = Field(
-        0.5, ge=0, le=1, description="0: lesions as often as they are; 1: classes equally often"
+        0.7, ge=0, le=1, description="0: lesions as often as they are; 1: classes equally often"
     )
     paste_share: float = Field(
-        0.5, ge=0, le=1, description="share of crops into which a lesion of some scan is pasted"
+        0.7, ge=0, le=1, description="share of crops into which a lesion of some scan is pasted"
     )
     ignore_slices: int = Field(
         1,
@@ -47,16 +47,16 @@ class TrainConfig(BaseModel):
 
     steps: int = Field(1500, ge=1, description="batches to train on")
     max_minutes: float = Field(
-        12.0, ge=0, description="finish in this time even if steps are left; 0: no limit"
+        11.0, ge=0, description="finish in this time even if steps are left; 0: no limit"
     )
-    batch_size: int = Field(16, ge=1, description="crops in a batch")
+    batch_size: int = Field(24, ge=1, description="crops in a batch")
     learning_rate: float = Field(2e-3, gt=0, description="highest rate, AdamW")
     weight_decay: float = Field(0.02, ge=0, description="AdamW")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the run with rising rate")
     gradient_clip: float = Field(5.0, gt=0, description="largest norm of the gradient")
     average_decay: float = Field(0.995, ge=0, lt=1, description="decay of the averaged weights")
     validation_fraction: float = Field(0.15, ge=0, lt=1, description="share of patients held out")
-    validations: int = Field(4, ge=1, description="times the held-out scans are looked at")
+    validations: int = Field(2, ge=1, description="times the held-out scans are looked at")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
