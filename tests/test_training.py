@@ -12,15 +12,18 @@ import torch
 from safetensors.torch import load_file
 
 from medvision.datasets.discover import Case, LoadedCase, find_cases, load_case
-from medvision.detector import load_detector_config
+from medvision.detector import DetectorConfig, load_detector_config
 from medvision.errors import InputError, Interrupted, MedvisionError, UsageError
-from medvision.geometry import Box
+from medvision.findings.config import PredictConfig
+from medvision.findings.finding import Finding
+from medvision.geometry import Box, BoxMm
 from medvision.labels.annotation import Annotation
 from medvision.predict import Predictor
 from medvision.progress import Progress
 from medvision.sample_data.phantoms import make_phantom, write_phantom_dataset
 from medvision.stacks.augment import AugmentConfig, Augmenter
 from medvision.stacks.config import StackConfig
+from medvision.training import hard_negatives
 from medvision.training.cache import cache_case, label_array
 from medvision.training.checkpoint import read_state
 from medvision.training.config import (
@@ -28,6 +31,12 @@ from medvision.training.config import (
     TrainConfig,
     load_train_config,
     make_train_config,
+)
+from medvision.training.hard_negatives import (
+    HardNegative,
+    find_hard_negatives,
+    load_hard_negatives,
+    save_hard_negatives,
 )
 from medvision.training.loop import Clock, SkipGuard, rate_factor
 from medvision.training.samples import CropSampler, find_training_lesions, lesion_weights
@@ -289,3 +298,39 @@ def test_settings_from_a_file_and_wrong_ones(tmp_path: Path) -> None:
     path.write_text("[1, 2")
     with pytest.raises(UsageError, match="readable YAML"):
         load_train_config(path)
+
+
+def test_hard_negatives_are_drawn_and_belong_to_their_step(tmp_path: Path, data: Path) -> None:
+    sampler = sampler_of(cached(tmp_path, data), lesion_share=0.0, hard_share=1.0)
+    places = [HardNegative(2, 7, 30.0, 22.0, 0.9)]
+    sampler.hard_negatives = places
+    assert {sampler[index].case_id for index in range(8)} == {sampler.cases[2].case_id}
+    save_hard_negatives(tmp_path, 10, places)
+    assert load_hard_negatives(tmp_path, 9) is None
+    assert load_hard_negatives(tmp_path, 10) == places
+    (tmp_path / "hard_negatives.json").write_text("[]")
+    with pytest.raises(InputError, match="hard_negatives"):
+        load_hard_negatives(tmp_path, 10)
+
+
+def test_a_finding_on_or_next_to_a_lesion_is_no_hard_negative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = cache_case(one_lesion_case(False), tmp_path, 0.7, (-1000, 400))
+    (lesion,) = case.annotations()
+    low, high = lesion.box.lower, lesion.box.upper
+
+    def finding_at(shift: float, slices: float) -> Finding:
+        by = np.array([slices, shift, 0])
+        box = Box(*(low + by), *(high + by))
+        place = BoxMm(0, 0, 0, 1, 1, 1)
+        return Finding(1, "solid", 0.5, box, place, (0, 0, 0), int(box.slice_min), 1.0, 1.0)
+
+    shown = (finding_at(0, 0), finding_at(3, 3), finding_at(0, 4), finding_at(20, 0))
+    monkeypatch.setattr(hard_negatives, "find_lesions", lambda *_: shown)
+    config = DetectorConfig(
+        class_names=("solid",), stack=StackConfig(), model=small().model, predict=PredictConfig()
+    )
+    found = find_hard_negatives(None, config, [case], None, lambda _: None)  # type: ignore[arg-type]
+    assert [item.plane for item in found] == [14, 10]
+    assert found[1].row == pytest.approx(lesion.box.center_index[1] + 20)

@@ -142,7 +142,7 @@ class Tower(nn.Module):
 
     def forward(self, features: Tensor, level: int) -> Tensor:
         """Take ``[batch, channel, row, column]`` of pyramid level ``level`` to the same shape."""
-        norms = self.norms[level]
+        norms = self.norms[level].children()
         for convolution, norm in zip(self.convolutions, norms, strict=True):
             features = functional.relu(norm(convolution(features)))
         return features

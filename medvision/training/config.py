@@ -21,6 +21,12 @@ class SamplingConfig(BaseModel):
 
     crop_size: int = Field(96, ge=32, multiple_of=16, description="side of a crop, pixels")
     lesion_share: float = Field(0.3, ge=0, le=1, description="share of crops centred near a lesion")
+    hard_share: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="share of crops on false positives, in the second half of a run",
+    )
     class_balance: float = Field(
         0.7, ge=0, le=1, description="0: lesions as often as they are; 1: classes equally often"
     )

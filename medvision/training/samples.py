@@ -19,6 +19,7 @@ from medvision.stacks.slice_stack import slice_stack, stack_offsets
 from medvision.stacks.window import apply_window
 from medvision.training.cache import CachedCase
 from medvision.training.config import SamplingConfig
+from medvision.training.hard_negatives import HardNegative
 from medvision.training.paste import Cutout, cut_out, paste
 
 _MARGIN = 1.25
@@ -91,6 +92,7 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         self.sampling = sampling
         self.augmenter = augmenter
         self.seed = seed
+        self.hard_negatives: list[HardNegative] = []
         self._weights = lesion_weights(lesions, sampling.class_balance)
         self._present = [labels_by_plane(case.labels) for case in cases]
         self._class_of = {(item.case, item.label): item.class_index for item in lesions}
@@ -131,7 +133,8 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
 
     def _draw(self, generator: np.random.Generator) -> tuple[int, int, tuple[float, float]]:
         """Choose a case, a slice and the centre (row, column) of the crop."""
-        if self.lesions and generator.random() < self.sampling.lesion_share:
+        choice = generator.random()
+        if self.lesions and choice < self.sampling.lesion_share:
             lesion = self.lesions[generator.choice(len(self.lesions), p=self._weights)]
             reach = self.sampling.crop_size / 2 - 8
             jitter = [
@@ -139,6 +142,8 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
             ]
             center = (lesion.center[0] + jitter[0], lesion.center[1] + jitter[1])
             return lesion.case, int(generator.choice(lesion.planes)), center
+        if self.hard_negatives and choice > 1 - self.sampling.hard_share:
+            return self._draw_hard(generator)
         number = int(generator.integers(len(self.cases)))
         slices, rows, columns = self.cases[number].array.shape
         return (
@@ -146,6 +151,13 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
             int(generator.integers(slices)),
             (self._position(generator, rows), self._position(generator, columns)),
         )
+
+    def _draw_hard(self, generator: np.random.Generator) -> tuple[int, int, tuple[float, float]]:
+        scores = np.array([item.score for item in self.hard_negatives])
+        item = self.hard_negatives[generator.choice(len(scores), p=scores / scores.sum())]
+        reach = self.sampling.crop_size / 2 - 8
+        row, column = generator.uniform(-reach, reach, 2)
+        return item.case, item.plane, (item.row + row, item.column + column)
 
     def _position(self, generator: np.random.Generator, length: int) -> float:
         half = min(self.sampling.crop_size, length) / 2

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from medvision.detector import BEST_WEIGHTS, DetectorConfig, save_weights
 from medvision.errors import Interrupted
 from medvision.models.retinanet import RetinaNet
@@ -13,6 +15,11 @@ from medvision.progress import Progress, ProgressCallback, StopCallback
 from medvision.stacks.augment import Augmenter
 from medvision.training.checkpoint import TrainState, save_checkpoint
 from medvision.training.config import TrainConfig
+from medvision.training.hard_negatives import (
+    find_hard_negatives,
+    load_hard_negatives,
+    save_hard_negatives,
+)
 from medvision.training.loop import Clock, SkipGuard, Trainer, batches, monotonic
 from medvision.training.pictures import write_validation_pictures
 from medvision.training.prepare import TrainingData
@@ -23,6 +30,8 @@ METRICS_FILE = "metrics.jsonl"
 PICTURE_FOLDER = "validation"
 CHECKPOINT_SECONDS = 60.0
 LOG_EVERY = 20
+MINE_AT = 0.5
+"""Share of a run after which hard negatives are looked for."""
 
 
 @dataclass
@@ -40,17 +49,29 @@ class Session:
 
     def go(self) -> Validation | None:
         """Train to the end; return the last validation, if scans were held out."""
-        config, state = self.config, self.state
-        if state.finished:
+        if self.state.finished:
             return None
-        clock = Clock(config, state.seconds, monotonic)
+        clock = Clock(self.config, self.state.seconds, monotonic)
         guard = SkipGuard()
-        saved = monotonic()
+        dataset = self._dataset()
         last = None
+        self.trainer.network.train()
+        while not self.state.finished:
+            last = self._until_mined(dataset, clock, guard) or last
+        self._save(guard)
+        return last
+
+    def _until_mined(
+        self, dataset: CropSampler, clock: Clock, guard: SkipGuard
+    ) -> Validation | None:
+        """Train to the end of the run, or to where hard negatives have been found for the rest."""
+        config, state = self.config, self.state
+        saved, last = monotonic(), None
         progress = clock.progress(state.step)
         validations = int(progress * config.validations)
-        self.trainer.network.train()
-        for images, targets, names in batches(self._dataset(), config, state.step):
+        found = load_hard_negatives(self.run, state.step)
+        dataset.hard_negatives = found or []
+        for images, targets, names in batches(dataset, config, state.step):
             losses = self.trainer.step(images, targets, progress)
             guard.note(losses is not None, names)
             state.step += 1
@@ -60,17 +81,31 @@ class Session:
             if int(progress * config.validations) > validations and self.cases.validation:
                 validations = int(progress * config.validations)
                 last = self._validate()
-                self.trainer.network.train()
-            # After the validation, so that a run resumed from here has not lost it.
+            mine = found is None and config.sampling.hard_share > 0 and progress >= MINE_AT
+            if mine:
+                self._mine()
+            # After these two, so that a run resumed from here has not lost them.
             self._stop_if_asked(guard)
             if monotonic() - saved > CHECKPOINT_SECONDS:
                 self._save(guard)
                 saved = monotonic()
-            if progress >= 1.0:
+            if progress >= 1.0 or mine:
                 break
-        state.finished = True
-        self._save(guard)
+        # Without a next batch all steps are done, whatever the clock says.
+        state.finished = progress >= 1.0 or state.step >= config.steps
         return last
+
+    def _mine(self) -> None:
+        trainer = self.trainer
+        found = find_hard_negatives(
+            _as_retinanet(trainer.average),
+            self.detector,
+            self.cases.training,
+            trainer.device,
+            self.on_progress,
+        )
+        save_hard_negatives(self.run, self.state.step, found)
+        self._record({"kind": "hard negatives", "places": len(found)})
 
     def _dataset(self) -> CropSampler:
         cases = self.cases.training
@@ -115,9 +150,7 @@ class Session:
         )
 
     def _validate(self) -> Validation:
-        average = self.trainer.average
-        if not isinstance(average, RetinaNet):
-            raise TypeError(f"Expected a RetinaNet; got {type(average).__name__}.")
+        average = _as_retinanet(self.trainer.average)
         result = validate(
             average, self.detector, self.cases.validation, self.trainer.device, self.on_progress
         )
@@ -141,3 +174,9 @@ class Session:
                 self.run / PICTURE_FOLDER, self.cases.validation, result.results
             )
         return result
+
+
+def _as_retinanet(network: nn.Module) -> RetinaNet:
+    if not isinstance(network, RetinaNet):
+        raise TypeError(f"Expected a RetinaNet; got {type(network).__name__}.")
+    return network
