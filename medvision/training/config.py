@@ -51,9 +51,9 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int = Field(1500, ge=1, description="batches to train on")
+    steps: int = Field(1800, ge=1, description="batches to train on")
     max_minutes: float = Field(
-        11.0, ge=0, description="finish in this time even if steps are left; 0: no limit"
+        13.0, ge=0, description="finish in this time even if steps are left; 0: no limit"
     )
     batch_size: int = Field(24, ge=1, description="crops in a batch")
     learning_rate: float = Field(2e-3, gt=0, description="highest rate, AdamW")
@@ -61,7 +61,7 @@ class TrainConfig(BaseModel):
     warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the run with rising rate")
     gradient_clip: float = Field(5.0, gt=0, description="largest norm of the gradient")
     average_decay: float = Field(0.995, ge=0, lt=1, description="decay of the averaged weights")
-    validation_fraction: float = Field(0.15, ge=0, lt=1, description="share of patients held out")
+    validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of patients held out")
     validations: int = Field(2, ge=1, description="times the held-out scans are looked at")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
