@@ -32,7 +32,6 @@ _PROCESSOR_FEATURES = {
     "AMX": ("amx_tile",),
 }
 _OPTIONAL_PACKAGES = {
-    "highdicom": "writes DICOM SEG, SR and presentation states",
     "pylibjpeg-libjpeg": "a second decoder for JPEG and JPEG-LS (licence GPL-3)",
     "python-gdcm": "a second decoder for JPEG and JPEG 2000",
 }
