@@ -14,6 +14,8 @@ from medvision.errors import UsageError
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _KEEP_BYTES = 1 << 30
+_AMPERE = 8
+"""Compute capability from which NVIDIA GPUs multiply bfloat16 natively."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,12 @@ def _torch_device(name: str) -> torch.device:
         raise UsageError(
             f"Device must be auto, cpu, cuda, cuda:N or mps; got {name!r}.", why=str(error)
         ) from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"Device must be auto, cpu, cuda, cuda:N or mps; got {name!r}.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError(
+            "Device 'mps' is not there: torch finds no Apple GPU.", do="Use --device cpu."
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"Device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices.",
@@ -71,7 +79,8 @@ def _torch_device(name: str) -> torch.device:
 def _fastest_dtype(device: torch.device) -> torch.dtype:
     # Without instructions of its own for bfloat16 a processor emulates it, slower than float32.
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        native = torch.cuda.get_device_capability(device)[0] >= _AMPERE
+        return torch.bfloat16 if native else torch.float32
     if device.type == "cpu" and cpu_has_bfloat16():
         return torch.bfloat16
     return torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +100,13 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(data: Path, tmp_path:
         train(data, tmp_path / "resumed", small())
     with pytest.raises(UsageError, match="settings"):
         train(data, tmp_path / "resumed", small(seed=4), resume=True)
+    fewer = tmp_path / "fewer"
+    shutil.copytree(data, fewer)
+    lost = json.loads((tmp_path / "resumed" / "split.json").read_text())["training"][0]
+    for path in [*(fewer / "scans").glob(f"{lost}*"), *(fewer / "labels").glob(f"{lost}*")]:
+        path.unlink()
+    with pytest.raises(UsageError, match="scans it was started with"):
+        train(fewer, tmp_path / "resumed", small(), resume=True)
     assert train(data, tmp_path / "resumed", small(), resume=True).steps == 6
     for name in ("last.safetensors", "best.safetensors"):
         first = load_file(tmp_path / "straight" / name)

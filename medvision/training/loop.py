@@ -122,8 +122,8 @@ class Clock:
     def progress(self, step: int) -> float:
         """Return 0..1. With steps left when the minutes end, the learning rate still comes down.
 
-        The minutes are looked at only in steps of a hundredth and only once they bind, so that a
-        run that they never end depends on its seed alone.
+        The minutes count only where the pace so far says that they end the run, so that a run that
+        they never end depends on its seed alone.
         """
         by_steps = step / self.steps
         if not self.limit or step < 20:

@@ -46,6 +46,8 @@ class Session:
     state: TrainState
     on_progress: ProgressCallback
     should_stop: StopCallback
+    _validations: int = 0
+    _last: tuple[int, Validation] | None = None
 
     def go(self) -> Validation | None:
         """Train to the end; return the last validation, if scans were held out."""
@@ -54,21 +56,21 @@ class Session:
         clock = Clock(self.config, self.state.seconds, monotonic)
         guard = SkipGuard()
         dataset = self._dataset()
-        last = None
+        self._validations = int(clock.progress(self.state.step) * self.config.validations)
         self.trainer.network.train()
         while not self.state.finished:
-            last = self._until_mined(dataset, clock, guard) or last
+            self._until_mined(dataset, clock, guard)
+        # Mining takes time, and with a time limit may take the run past its last validation.
+        if self.cases.validation and (self._last is None or self._last[0] != self.state.step):
+            self._validate()
         self._save(guard)
-        return last
+        return self._last[1] if self._last else None
 
-    def _until_mined(
-        self, dataset: CropSampler, clock: Clock, guard: SkipGuard
-    ) -> Validation | None:
+    def _until_mined(self, dataset: CropSampler, clock: Clock, guard: SkipGuard) -> None:
         """Train to the end of the run, or to where hard negatives have been found for the rest."""
         config, state = self.config, self.state
-        saved, last = monotonic(), None
+        saved = monotonic()
         progress = clock.progress(state.step)
-        validations = int(progress * config.validations)
         found = load_hard_negatives(self.run, state.step)
         dataset.hard_negatives = found or []
         for images, targets, names in batches(dataset, config, state.step):
@@ -78,9 +80,9 @@ class Session:
             state.seconds = clock.seconds
             self._tell(losses)
             progress = clock.progress(state.step)
-            if int(progress * config.validations) > validations and self.cases.validation:
-                validations = int(progress * config.validations)
-                last = self._validate()
+            if int(progress * config.validations) > self._validations and self.cases.validation:
+                self._validations = int(progress * config.validations)
+                self._validate()
             mine = found is None and config.sampling.hard_share > 0 and progress >= MINE_AT
             if mine:
                 self._mine()
@@ -93,7 +95,6 @@ class Session:
                 break
         # Without a next batch all steps are done, whatever the clock says.
         state.finished = progress >= 1.0 or state.step >= config.steps
-        return last
 
     def _mine(self) -> None:
         trainer = self.trainer
@@ -149,7 +150,7 @@ class Session:
             self.run, self.state, self.trainer.network, self.trainer.average, self.trainer.optimizer
         )
 
-    def _validate(self) -> Validation:
+    def _validate(self) -> None:
         average = _as_retinanet(self.trainer.average)
         result = validate(
             average, self.detector, self.cases.validation, self.trainer.device, self.on_progress
@@ -163,6 +164,7 @@ class Session:
                 "sensitivity_at_1_fp": result.sensitivity_at_1_fp,
             }
         )
+        self._last = (self.state.step, result)
         # Later weights win a tie: they have seen more.
         score = result.cpm if result.cpm is not None else 0.0
         if self.state.best_score is None or score >= self.state.best_score:
@@ -173,7 +175,6 @@ class Session:
             write_validation_pictures(
                 self.run / PICTURE_FOLDER, self.cases.validation, result.results
             )
-        return result
 
 
 def _as_retinanet(network: nn.Module) -> RetinaNet:

@@ -13,22 +13,25 @@ import torch
 from filelock import FileLock, Timeout
 
 from medvision.detector import (
+    BEST_WEIGHTS,
+    LAST_WEIGHTS,
     DetectorConfig,
     load_detector_config,
     save_detector_config,
     to_json,
 )
 from medvision.device import Device, choose_device
-from medvision.errors import UsageError
+from medvision.errors import InputError, UsageError
 from medvision.files import atomic_write_text
 from medvision.models.criterion import Criterion
 from medvision.models.retinanet import build_retinanet
 from medvision.progress import ProgressCallback, StopCallback, ignore_progress, never_stop
 from medvision.training.checkpoint import TrainState, read_state, restore_checkpoint
 from medvision.training.config import TrainConfig
+from medvision.training.hard_negatives import HARD_NEGATIVES_FILE
 from medvision.training.loop import Trainer
 from medvision.training.prepare import TrainingData, count_lesions, fit_detector, prepare_data
-from medvision.training.session import Session
+from medvision.training.session import METRICS_FILE, Session
 
 CONFIG_FILE = "config.json"
 SPLIT_FILE = "split.json"
@@ -123,10 +126,13 @@ def _train(
     should_stop: StopCallback,
 ) -> TrainSummary:
     device = choose_device(config.device, config.precision)
-    cases, pixel_mm = prepare_data(data, run, config, on_progress)
     if state.step:
         detector = load_detector_config(run)
+        fitted = config.model_copy(update={"stack": detector.stack})
+        cases, _ = prepare_data(data, run, fitted, on_progress)
+        _check_same_split(run, cases)
     else:
+        cases, pixel_mm = prepare_data(data, run, config, on_progress)
         detector = fit_detector(cases, config, pixel_mm)
         _write_run_files(run, config, detector, cases)
     trainer = make_trainer(config, detector, cases, device)
@@ -151,9 +157,33 @@ def _train(
     )
 
 
+def _check_same_split(run: Path, cases: TrainingData) -> None:
+    """Refuse to go on with other scans: who was held out must stay held out."""
+    path = run / SPLIT_FILE
+    try:
+        split = json.loads(path.read_text(encoding="utf-8"))
+        before = [set(split["training"]), set(split["validation"])]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{SPLIT_FILE} is not one that medvision wrote.", where=path, why=str(error)
+        ) from error
+    now = [{case.case_id for case in side} for side in (cases.training, cases.validation)]
+    if before != now:
+        changed = sorted((before[0] ^ now[0]) | (before[1] ^ now[1]))
+        raise UsageError(
+            "A run can only be resumed on the scans it was started with.",
+            where=path,
+            why=f"{len(changed)} scans are new, gone or on the other side, {changed[0]} first.",
+            do="Restore the data, or train into a new folder.",
+        )
+
+
 def _write_run_files(
     run: Path, config: TrainConfig, detector: DetectorConfig, cases: TrainingData
 ) -> None:
+    """Write what describes the run, and clear what a run that never saved may have left."""
+    for name in (BEST_WEIGHTS, LAST_WEIGHTS, METRICS_FILE, HARD_NEGATIVES_FILE):
+        (run / name).unlink(missing_ok=True)
     atomic_write_text(run / CONFIG_FILE, config.model_dump_json(indent=2) + "\n")
     save_detector_config(run, detector)
     split = {
