@@ -17,7 +17,7 @@ def match_atss(anchors: list[Tensor], boxes: Tensor, candidates: int) -> Tensor:
     box the ``candidates`` nearest anchors of every level; those whose IoU reaches the mean plus the
     deviation of all candidates, and whose centre lies in the box, are positive. A box that no
     anchor centre falls into, as happens under a stride's size, gets its best candidate: no lesion is
-    ever without an anchor. ``boxes`` is ``[n, 4]`` x1, y1, x2, y2.
+    passed over for being small. ``boxes`` is ``[n, 4]`` x1, y1, x2, y2.
     """
     everything = torch.cat(anchors)
     matched = torch.full((len(everything),), BACKGROUND, dtype=torch.long, device=boxes.device)

@@ -37,7 +37,8 @@ class Trainer:
     ) -> dict[str, float] | None:
         """Train on one batch at ``progress`` (0..1) of the run; return the losses.
 
-        Returns None, and changes nothing, if the loss or its gradient is not a finite number.
+        Returns None, and leaves all weights as they are, if the loss or its gradient is not finite;
+        batch norm has then seen the batch all the same.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rate_factor(
