@@ -61,3 +61,16 @@ def test_slices_are_seen_from_both_ends() -> None:
 
 def test_an_empty_mask_has_no_boxes() -> None:
     assert boxes_from_labels(np.zeros((8, 8), dtype=np.uint8)) == {}
+
+
+def test_one_transform_does_not_decide_whether_another_is_applied() -> None:
+    """With one stream for all, noise came only on top of a changed brightness."""
+    config = AugmentConfig(dihedral=False, affine_p=0, intensity_p=0.5, noise_p=0.5)
+    augmenter = Augmenter(config, 64)
+    stack = np.full((3, 64, 64), 0.5, dtype=np.float32)
+    seen = set()
+    for seed in range(60):
+        moved, _ = augmenter(stack, np.zeros((64, 64), dtype=np.uint8), seed)
+        noisy = moved.std() > 1e-5
+        seen.add((noisy, bool(abs(np.median(moved) - 0.5) > 2e-3)))
+    assert seen == {(False, False), (False, True), (True, False), (True, True)}

@@ -54,7 +54,7 @@ class Augmenter:
 
         The same ``seed`` draws the same transform. Labels must be in 0..255.
         """
-        self._compose.set_random_seed(seed)
+        self._reseed(seed)
         if (
             self.config.enabled
             and np.random.default_rng(seed).random() < self.config.reverse_slices_p
@@ -64,6 +64,16 @@ class Augmenter:
         result = self._compose(image=image, mask=labels.astype(np.uint8))
         moved = np.clip(result["image"], 0.0, 1.0).astype(np.float32, copy=False)
         return np.ascontiguousarray(moved.transpose(2, 0, 1)), result["mask"]
+
+    def _reseed(self, seed: int) -> None:
+        """Give every transform a stream of its own.
+
+        ``Compose.set_random_seed`` gives all of them the same one: whether and how far each moves is
+        then one and the same draw, noise only ever on top of a changed brightness.
+        """
+        parts = np.random.SeedSequence(seed).generate_state(len(self._compose.transforms))
+        for transform, part in zip(self._compose.transforms, parts.tolist(), strict=True):
+            transform.set_random_seed(part)
 
 
 def _transforms(library: Any, config: AugmentConfig, size: int) -> list[Any]:
