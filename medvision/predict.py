@@ -118,14 +118,16 @@ def detect_slices(
     config: DetectorConfig,
     device: Device,
     on_progress: ProgressCallback = ignore_progress,
+    every: int = 1,
 ) -> SliceDetections:
-    """Run the network over all slices of ``window``; boxes in pixel edges of ``volume``."""
+    """Run the network over ``window`` on every n-th slice; boxes in pixel edges of ``volume``."""
     network.eval()
     top, left = int(window.row_min), int(window.column_min)
     corner = np.array([left, top, left, top])
     slices, boxes, scores, probabilities = [], [], [], []
     settings = config.predict
-    for first, batch in _stack_batches(volume, window, network.strides[-1], config):
+    planes = range(0, volume.shape[0], every)
+    for numbers, batch in _stack_batches(volume, window, planes, network.strides[-1], config):
         images = torch.from_numpy(batch).to(device.torch_device, memory_format=torch.channels_last)
         with device.autocast():
             raw = detect_with_flips(network, images) if settings.flips else network(images)
@@ -135,30 +137,27 @@ def detect_slices(
             nms_thresh=settings.nms_thresh,
             detections_per_img=settings.detections_per_img,
         )
-        for index, found in enumerate(selected, start=first):
+        for index, found in zip(numbers, selected, strict=True):
             slices.append(np.full(len(found["scores"]), index, dtype=np.int64))
             boxes.append(found["boxes"].cpu().double().numpy() + corner)
             scores.append(found["scores"].cpu().double().numpy())
             probabilities.append(found["class_probabilities"].cpu().double().numpy())
-        on_progress(Progress("predict", first + len(batch), volume.shape[0], "slices"))
+        on_progress(Progress("predict", numbers[-1] + 1, volume.shape[0], "slices"))
     return SliceDetections(
         *(np.concatenate(part) for part in (slices, boxes, scores, probabilities))
     )
 
 
 def _stack_batches(
-    volume: Volume, window: Box, stride: int, config: DetectorConfig
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield the first slice's index and ``[batch, channel, row, column]`` in 0..1, padded to ``stride``."""
+    volume: Volume, window: Box, planes: range, stride: int, config: DetectorConfig
+) -> Iterator[tuple[range, NDArray[np.float32]]]:
+    """Yield slice numbers and their ``[batch, channel, row, column]`` in 0..1, padded to ``stride``."""
     limits = window_limits(volume.array, config.stack.window_hu)
     spacing = volume.spacing_mm[0]
     offsets = stack_offsets(config.stack.n_slices, config.stack.slice_offset_mm, spacing)
     cropped = volume.array[window.slices]
     size = tuple(-(-length // stride) * stride for length in cropped.shape[1:])
-    for first in range(0, volume.shape[0], config.predict.batch_size):
-        last = min(first + config.predict.batch_size, volume.shape[0])
-        stacks = [
-            apply_window(slice_stack(cropped, index, offsets), limits)
-            for index in range(first, last)
-        ]
-        yield first, crop_padded(np.stack(stacks), 0, 0, (size[0], size[1]), 0.0)
+    for first in range(0, len(planes), config.predict.batch_size):
+        numbers = planes[first : first + config.predict.batch_size]
+        stacks = [apply_window(slice_stack(cropped, index, offsets), limits) for index in numbers]
+        yield numbers, crop_padded(np.stack(stacks), 0, 0, (size[0], size[1]), 0.0)

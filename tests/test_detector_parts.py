@@ -20,7 +20,6 @@ from medvision.models.retinanet import (
     InnerWindows,
     RawDetections,
     build_retinanet,
-    pyramid_strides,
 )
 
 SIZES = (((4.0, 4.0), (6.0, 7.0)), ((9.0, 9.0), (13.0, 12.0)), ((20.0, 18.0), (30.0, 33.0)))
@@ -96,6 +95,13 @@ def test_every_lesion_gets_an_anchor_even_under_a_stride() -> None:
         rows = matched == index
         assert overlap[rows, index].min() > 0.15
         assert overlap[rows, index].max() == overlap[:, index].max()
+
+
+def test_lesions_with_one_best_anchor_get_one_each() -> None:
+    levels = anchors_of()
+    twins = torch.tensor([[20.0, 20.0, 24.0, 24.0]]).repeat(3, 1)
+    matched = match_atss(levels, twins, 9)
+    assert set(range(3)) <= set(matched.tolist())
 
 
 def test_without_boxes_all_is_background() -> None:
@@ -175,7 +181,7 @@ def test_the_backbone_runs_once_and_strides_are_as_said() -> None:
     network.backbone.register_forward_hook(lambda *_: calls.append(1))
     raw = network(torch.rand(1, 5, 64, 96))
     assert len(calls) == 1
-    assert network.strides == pyramid_strides(CONFIG) == [4, 8, 16]
+    assert network.strides == CONFIG.strides == [4, 8, 16]
     cells = sum((64 // stride) * (96 // stride) for stride in network.strides)
     assert raw.lesion_logits.shape == (1, cells * 2)
     assert raw.class_logits.shape == (1, cells * 2, 3)
@@ -187,7 +193,7 @@ def test_stem_pooling_leaves_four_levels_from_stride_4() -> None:
         width=8, pyramid_channels=16, stem_pooling=True, anchor_sizes=(*SIZES, SIZES[-1])
     )
     network = build_retinanet(config, 3, 1)
-    assert network.strides == pyramid_strides(config) == [4, 8, 16, 32]
+    assert network.strides == config.strides == [4, 8, 16, 32]
     assert network(torch.rand(1, 3, 64, 64)).lesion_logits.shape[1] == 2 * (256 + 64 + 16 + 4)
 
 

@@ -132,3 +132,11 @@ def test_body_box_holds_the_body_and_falls_back_to_everything() -> None:
     assert (box.row_min, box.row_max, box.column_min, box.column_max) == (18, 42, 28, 62)
     assert (box.slice_min, box.slice_max) == (0, 5)
     assert body_box(np.full((1, 8, 9), -1000, dtype=np.int16), "CT") == Box(0, 0, 0, 1, 8, 9)
+
+
+def test_air_tells_a_ct_of_no_known_modality() -> None:
+    array = np.full((4, 60, 60), -1000, dtype=np.int16)
+    array[:, 20:40, 24:50] = -300  # soft against air, under a twentieth of nothing
+    array[1, 30, 30] = 1200
+    assert body_box(array, "", margin=0) == body_box(array, "CT", margin=0)
+    assert body_box(array, "", margin=0) == Box(0, 20, 24, 4, 40, 50)

@@ -16,8 +16,8 @@ from medvision.datasets.discover import Case, LoadedCase, find_cases, load_case
 from medvision.detector import DetectorConfig, load_detector_config
 from medvision.errors import InputError, Interrupted, MedvisionError, UsageError
 from medvision.findings.config import PredictConfig
-from medvision.findings.finding import Finding
-from medvision.geometry import Box, BoxMm
+from medvision.findings.merge import SliceDetections
+from medvision.geometry import Box
 from medvision.labels.annotation import Annotation
 from medvision.predict import Predictor
 from medvision.progress import Progress
@@ -326,19 +326,33 @@ def test_a_finding_on_or_next_to_a_lesion_is_no_hard_negative(
 ) -> None:
     case = cache_case(one_lesion_case(False), tmp_path, 0.7, (-1000, 400))
     (lesion,) = case.annotations()
-    low, high = lesion.box.lower, lesion.box.upper
+    z, top, left = (int(edge) for edge in lesion.box.lower)
+    shifts = [
+        (0, 0),
+        (0, -1),
+        (0, 2),
+        (3, 0),
+        (0, 3),
+        (20, 0),
+    ]  # rows and slices from the lesion's own
+    boxes = [(left, top + down, left + 8, top + down + 6) for down, _ in shifts]
+    scores = np.linspace(0.2, 0.7, len(shifts))
+    shown = SliceDetections(
+        np.array([z + up for _, up in shifts]), np.array(boxes, float), scores, np.ones((6, 1))
+    )
+    asked = {}
 
-    def finding_at(shift: float, slices: float) -> Finding:
-        by = np.array([slices, shift, 0])
-        box = Box(*(low + by), *(high + by))
-        place = BoxMm(0, 0, 0, 1, 1, 1)
-        return Finding(1, "solid", 0.5, box, place, (0, 0, 0), int(box.slice_min), 1.0, 1.0)
+    def detect(*_: object, every: int) -> SliceDetections:
+        asked["every"] = every
+        return shown
 
-    shown = (finding_at(0, 0), finding_at(3, 3), finding_at(0, 4), finding_at(20, 0))
-    monkeypatch.setattr(hard_negatives, "find_lesions", lambda *_: shown)
+    monkeypatch.setattr(hard_negatives, "detect_slices", detect)
     config = DetectorConfig(
         class_names=("solid",), stack=StackConfig(), model=small().model, predict=PredictConfig()
     )
     found = find_hard_negatives(None, config, [case], None, lambda _: None)  # type: ignore[arg-type]
-    assert [item.plane for item in found] == [14, 10]
-    assert found[1].row == pytest.approx(lesion.box.center_index[1] + 20)
+    assert [(item.plane, item.row, item.column, item.score) for item in found] == [
+        (z, top + 23, left + 4, pytest.approx(0.7)),
+        (z + 3, top + 3, left + 4, pytest.approx(0.6)),
+    ]
+    assert 2.5 < asked["every"] * case.volume.spacing_mm[0] <= 5.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-STEM_STRIDE = 2
+from medvision.models.config import STEM_STRIDE
 
 
 class ResNet(nn.Module):

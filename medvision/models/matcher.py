@@ -16,8 +16,9 @@ def match_atss(anchors: list[Tensor], boxes: Tensor, candidates: int) -> Tensor:
     Zhang et al., Bridging the Gap Between Anchor-based and Anchor-free Detection, CVPR 2020: for each
     box the ``candidates`` nearest anchors of every level; those whose IoU reaches the mean plus the
     deviation of all candidates, and whose centre lies in the box, are positive. A box that no
-    anchor centre falls into, as happens under a stride's size, gets its best candidate: no lesion is
-    passed over for being small. ``boxes`` is ``[n, 4]`` x1, y1, x2, y2.
+    anchor centre falls into, as happens under a stride's size, gets its best candidate, and one whose
+    best candidate went to another box its next: no lesion is passed over for being small or close
+    to another. ``boxes`` is ``[n, 4]`` x1, y1, x2, y2.
     """
     everything = torch.cat(anchors)
     matched = torch.full((len(everything),), BACKGROUND, dtype=torch.long, device=boxes.device)
@@ -32,7 +33,8 @@ def match_atss(anchors: list[Tensor], boxes: Tensor, candidates: int) -> Tensor:
     positive &= overlap > 0
     best = overlap.argmax(dim=0)
     positive[best, torch.arange(len(boxes), device=boxes.device)] = True
-    return _resolve(overlaps, chosen, positive, matched)
+    matched = _resolve(overlaps, chosen, positive, matched)
+    return _serve_left_out(overlaps, chosen, matched)
 
 
 def _candidates(anchors: list[Tensor], boxes: Tensor, count: int) -> Tensor:
@@ -59,6 +61,22 @@ def _resolve(overlaps: Tensor, chosen: Tensor, positive: Tensor, matched: Tensor
     claimed[anchor, box] = overlaps[anchor, box]
     value, index = claimed.max(dim=1)
     return torch.where(value >= 0, index, matched)
+
+
+def _serve_left_out(overlaps: Tensor, chosen: Tensor, matched: Tensor) -> Tensor:
+    """Give each box without an anchor the best candidate that no other box depends on."""
+    counts = torch.bincount(matched[matched >= 0], minlength=overlaps.shape[1]).tolist()
+    for box in (number for number, count in enumerate(counts) if count == 0):
+        anchors = chosen[:, box]
+        for anchor in anchors[overlaps[anchors, box].argsort(descending=True)].tolist():
+            owner = int(matched[anchor])
+            if owner == BACKGROUND or counts[owner] > 1:
+                matched[anchor] = box
+                counts[box] += 1
+                if owner != BACKGROUND:
+                    counts[owner] -= 1
+                break
+    return matched
 
 
 def ignore_inside(anchors: Tensor, matched: Tensor, regions: Tensor) -> Tensor:

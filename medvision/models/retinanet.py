@@ -12,10 +12,9 @@ from torch.nn import functional
 from medvision.models.anchors import AnchorSizes, level_anchors
 from medvision.models.backbone import ResNet
 from medvision.models.box_coder import decode_boxes
-from medvision.models.config import RetinaNetConfig
+from medvision.models.config import FINEST_STRIDE, RetinaNetConfig
 from medvision.models.pyramid import FeaturePyramid
 
-FINEST_STRIDE = 4
 _PRIOR = 0.01
 
 
@@ -175,9 +174,3 @@ def build_retinanet(config: RetinaNetConfig, n_slices: int, classes: int) -> Ret
         config.pyramid_channels, config.head_depth, len(used), config.anchors_per_level, classes
     )
     return RetinaNet(windows, backbone, pyramid, head, config.anchor_sizes)
-
-
-def pyramid_strides(config: RetinaNetConfig) -> list[int]:
-    """Return the strides of the pyramid levels that ``config`` leads to, finest first."""
-    first = 4 if config.stem_pooling else 2
-    return [first << index for index in range(4) if first << index >= FINEST_STRIDE]

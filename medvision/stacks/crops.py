@@ -25,12 +25,14 @@ def body_box(array: NDArray, modality: str, margin: int = 8) -> Box:
     """Return the box of rows and columns that holds the patient; all slices are kept.
 
     In CT the body is what lies above -500 HU, elsewhere what lies above a twentieth of the 99 percent
-    point. A row or column counts if more than 1 percent of it is body somewhere, which leaves out
+    point. A scan of no known modality with a hundredth of its values below -500 is taken for CT: air is
+    nowhere else so low. A row or column counts if more than 1 percent of it is body somewhere, which leaves out
     the table's thin edge and noise. If nothing is found, the whole array is returned.
     """
     slices, rows, columns = array.shape
     sample = array[:: max(1, slices // 32)]
-    threshold = -500.0 if modality == "CT" else float(np.percentile(sample, 99)) / 20
+    is_ct = modality == "CT" or (not modality and float(np.percentile(sample, 1)) < -500.0)
+    threshold = -500.0 if is_ct else float(np.percentile(sample, 99)) / 20
     body = sample > threshold
     row_hits = np.flatnonzero((body.mean(axis=2) > 0.01).any(axis=0))
     column_hits = np.flatnonzero((body.mean(axis=1) > 0.01).any(axis=0))

@@ -19,7 +19,10 @@ STATE_WEIGHTS = "state-{slot}.safetensors"
 
 @dataclass
 class TrainState:
-    """Where a run stands. ``best_score`` is the best validation CPM so far, None before the first."""
+    """Where a run stands. ``best_score`` is the best validation CPM so far, None before the first.
+
+    ``validations`` counts those done, ``validation_seconds`` is what the last one took.
+    """
 
     step: int = 0
     seconds: float = 0.0
@@ -27,6 +30,8 @@ class TrainState:
     best_step: int = 0
     finished: bool = False
     skipped_steps: int = 0
+    validations: int = 0
+    validation_seconds: float = 0.0
     weights_sha256: str = ""
     weights_file: str = ""
     settings_sha256: str = field(default="")

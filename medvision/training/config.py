@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from medvision.errors import UsageError
 from medvision.findings.config import PredictConfig
@@ -73,6 +73,16 @@ class TrainConfig(BaseModel):
     model: RetinaNetConfig = RetinaNetConfig()
     predict: PredictConfig = PredictConfig()
 
+    @model_validator(mode="after")
+    def _crops_fit_the_pyramid(self) -> TrainConfig:
+        coarsest = self.model.strides[-1]
+        if self.sampling.crop_size % coarsest:
+            raise ValueError(
+                f"sampling.crop_size must be a multiple of {coarsest}, the coarsest stride of the model; "
+                f"got {self.sampling.crop_size}"
+            )
+        return self
+
 
 def load_train_config(path: Path) -> TrainConfig:
     """Read a YAML or JSON file of settings; what it leaves out keeps its default."""
@@ -95,7 +105,13 @@ def make_train_config(values: dict[str, Any], where: str) -> TrainConfig:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise UsageError(
-            f"Setting {name!r} is refused: {first['msg']}; got {first.get('input')!r}.", where=where
-        ) from error
+        raise UsageError(_refusal(first), where=where) from error
+
+
+def _refusal(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error" and isinstance(error.get("input"), dict):
+        # A check of several settings together: its sentence names them; all of them would be too much.
+        of = f" in {name!r}" if name else ""
+        return f"The settings{of} are refused: {error['ctx']['error']}."
+    return f"Setting {name!r} is refused: {error['msg']}; got {error.get('input')!r}."

@@ -11,16 +11,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from medvision.detector import DetectorConfig, to_json
 from medvision.device import Device
 from medvision.errors import InputError
 from medvision.files import atomic_write_text
-from medvision.findings.finding import Finding
+from medvision.findings.merge import SliceDetections
+from medvision.geometry import Box
 from medvision.labels.annotation import Annotation
 from medvision.models.retinanet import RetinaNet
-from medvision.predict import find_lesions
+from medvision.predict import detect_slices
 from medvision.progress import Progress, ProgressCallback
+from medvision.stacks.crops import body_box
 from medvision.training.cache import CachedCase
 
 HARD_NEGATIVES_FILE = "hard_negatives.json"
@@ -46,29 +49,43 @@ def find_hard_negatives(
     device: Device,
     on_progress: ProgressCallback,
 ) -> list[HardNegative]:
-    """Return the findings on training scans that touch no lesion and no region to ignore."""
-    update = {"flips": False, "score_thresh": _LEAST_SCORE, "findings_per_scan": _MOST_PER_SCAN}
-    config = config.model_copy(update={"predict": config.predict.model_copy(update=update)})
+    """Return the boxes on training scans that touch no lesion and no region to ignore, best first a scan.
+
+    Slices ``slice_offset_mm`` to twice that apart are looked at: those between show the same again.
+    """
+    settings = config.predict.model_copy(
+        update={"flips": False, "box_score_thresh": _LEAST_SCORE, "batch_size": 16}
+    )
+    config = config.model_copy(update={"predict": settings})
     found = []
     for number, case in enumerate(cases):
-        annotations = case.annotations()
-        for finding in find_lesions(case.volume, network, config, device):
-            if not any(_touches(finding, item) for item in annotations):
-                center = finding.box.center_index
-                found.append(
-                    HardNegative(
-                        number, finding.key_slice, float(center[1]), float(center[2]), finding.score
-                    )
-                )
+        volume = case.volume
+        window = body_box(volume.array, volume.source.modality or config.modality)
+        every = max(1, int(2 * config.stack.slice_offset_mm / volume.spacing_mm[0] + 0.01))
+        boxes = detect_slices(volume, window, network, config, device, every=every)
+        found += _false_ones(number, boxes, case.annotations())
         on_progress(Progress("find hard negatives", number + 1, len(cases), "scans"))
     return found
 
 
-def _touches(finding: Finding, annotation: Annotation) -> bool:
-    low = np.maximum(finding.box.lower, annotation.box.lower)
-    high = np.minimum(finding.box.upper, annotation.box.upper)
+def _false_ones(
+    number: int, detections: SliceDetections, annotations: tuple[Annotation, ...]
+) -> list[HardNegative]:
+    places = []
+    for row in np.argsort(-detections.scores, kind="stable"):
+        plane, box = int(detections.slice_index[row]), detections.boxes[row]
+        if not any(_touches(plane, box, annotation.box) for annotation in annotations):
+            x, y = ((box[:2] + box[2:]) / 2).tolist()
+            places.append(HardNegative(number, plane, y, x, float(detections.scores[row])))
+    return places[:_MOST_PER_SCAN]
+
+
+def _touches(plane: int, box: NDArray[np.float64], lesion: Box) -> bool:
     # A slice apart still touches: where a lesion ends is not sure.
-    return bool((high - low > np.array([-1.01, 0.0, 0.0])).all())
+    near = lesion.slice_min - 1 <= plane <= lesion.slice_max
+    x1, y1, x2, y2 = box.tolist()
+    beside = x2 <= lesion.column_min or x1 >= lesion.column_max
+    return bool(near and not beside and y2 > lesion.row_min and y1 < lesion.row_max)
 
 
 def save_hard_negatives(run: Path, step: int, found: list[HardNegative]) -> None:

@@ -37,14 +37,15 @@ class Trainer:
     ) -> dict[str, float] | None:
         """Train on one batch at ``progress`` (0..1) of the run; return the losses.
 
-        Returns None, and leaves all weights as they are, if the loss or its gradient is not finite;
-        batch norm has then seen the batch all the same.
+        Returns None, and leaves all weights and statistics as they are, if the loss or its gradient is
+        not finite.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rate_factor(
                 progress, self.config.warmup_share
             )
         images = images.to(self.device.torch_device, memory_format=torch.channels_last)
+        statistics = [value.clone() for value in self.network.buffers()]
         on_device = [_to_device(target, self.device.torch_device) for target in targets]
         with self.device.autocast():
             raw = self.network(images)
@@ -54,10 +55,17 @@ class Trainer:
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.gradient_clip)
         if not (torch.isfinite(total) and torch.isfinite(norm)):
+            self._restore(statistics)
             return None
         self.optimizer.step()
         update_average(self.average, self.network, self.config.average_decay, progress)
         return {"loss": total.item(), **{name: value.item() for name, value in losses.items()}}
+
+    @torch.no_grad()
+    def _restore(self, statistics: list[Tensor]) -> None:
+        """Put batch norm's statistics back: one bad batch would otherwise stay in them as NaN."""
+        for value, before in zip(self.network.buffers(), statistics, strict=True):
+            value.copy_(before)
 
 
 def rate_factor(progress: float, warmup_share: float) -> float:
@@ -112,6 +120,7 @@ class Clock:
         """Go on from ``seconds`` of training done; ``now`` is a monotonic clock in seconds."""
         self.steps = config.steps
         self.limit = config.max_minutes * 60
+        self.reserved = 0.0  # seconds kept for what comes after the last step
         self._now = now
         self._start = now() - seconds
 
@@ -130,10 +139,11 @@ class Clock:
         if not self.limit or step < 20:
             return by_steps
         # Expected share of the steps that fit into the limit, judged by the pace so far.
-        reachable = self.limit / max(self.seconds / step, 1e-9)
+        limit = max(self.limit - self.reserved, 1e-9)
+        reachable = limit / max(self.seconds / step, 1e-9)
         if reachable >= self.steps:
             return by_steps
-        return min(1.0, max(by_steps, self.seconds / self.limit))
+        return min(1.0, max(by_steps, self.seconds / limit))
 
 
 class SkipGuard:

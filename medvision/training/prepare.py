@@ -141,12 +141,9 @@ def slice_box_sizes(cases: list[CachedCase]) -> NDArray[np.float64]:
 
 def fit_detector(data: TrainingData, config: TrainConfig, pixel_mm: float) -> DetectorConfig:
     """Return the settings of the detector with anchors fitted to the training lesions."""
-    # Imported late: the settings of a run are also read where torch is not.
-    from medvision.models.retinanet import pyramid_strides
-
     model = config.model
     if not model.anchor_sizes:
-        strides = pyramid_strides(model)
+        strides = model.strides
         sizes = slice_box_sizes(data.training)
         fitted = fit_anchor_sizes(
             sizes, len(strides), model.anchors_per_level, strides, config.seed

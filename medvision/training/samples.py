@@ -26,8 +26,8 @@ _MARGIN = 1.25
 """Crops are cut larger and trimmed after rotation, so that corners hold scan and not padding."""
 
 
-_MOST_LABELS = 100
-"""Lesions of one slice that a crop's 8-bit label map keeps apart, twice."""
+_MOST_LABELS = 254
+"""Lesions that a crop's 8-bit label map keeps apart, one value left for one that is pasted."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,15 @@ class Lesion:
 
 
 class CropLabel(NamedTuple):
-    """What a value of a crop's label map stands for; class None: to be ignored. Area in pixels."""
+    """What a value of a crop's label map stands for; class None: to be ignored.
+
+    ``area`` is that of the lesion on the whole slice, in pixels; ``whole`` tells that all of it is in the
+    crop as cut.
+    """
 
     class_index: int | None
-    area: int
+    area: int = 0
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,16 +187,17 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         crop = np.zeros(size, dtype=np.uint8)
         table: list[CropLabel] = []
         here = self._present[number].get(plane, set())
-        planes = range(max(0, plane - reach), min(len(labels), plane + reach + 1))
-        near = {z: self._present[number].get(z, set()) - here for z in planes}
-        for label in sorted(set().union(*near.values()))[:_MOST_LABELS]:
-            table.append(CropLabel(None, 0))
-            for z in (z for z, found in near.items() if label in found):
-                crop[crop_padded(labels[z], top, left, size, 0) == label] = len(table)
-        for label in sorted(here)[:_MOST_LABELS]:
+        for z in range(max(0, plane - reach), min(len(labels), plane + reach + 1)):
+            faint = self._present[number].get(z, set()) - here
+            cut = crop_padded(labels[z], top, left, size, 0) if faint else crop
+            for label in sorted(faint):
+                _enter(crop, table, cut == label, CropLabel(None))
+        cut = crop_padded(labels[plane], top, left, size, 0) if here else crop
+        for label in sorted(here):
+            mask = cut == label
             area = int((labels[plane] == label).sum())
-            table.append(CropLabel(self._class_of.get((number, label)), area))
-            crop[crop_padded(labels[plane], top, left, size, 0) == label] = len(table)
+            index = self._class_of.get((number, label))
+            _enter(crop, table, mask, CropLabel(index, area, int(mask.sum()) == area))
         return crop, table
 
     def _paste(
@@ -212,15 +218,16 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         cutout = self._cutouts[chosen]
         mask = paste(stack, labels > 0, cutout, offsets, width, border, generator)
         if mask is not None:
-            table.append(CropLabel(self.lesions[chosen].class_index, int(mask.sum())))
+            table.append(CropLabel(self.lesions[chosen].class_index, int(mask.sum()), True))
             labels[mask] = len(table)
 
     def _target(self, labels: NDArray[np.uint8], table: list[CropLabel]) -> Target:
         boxes, classes, ignored = [], [], []
         for value, box in boxes_from_labels(labels).items():
             entry = table[value - 1]
-            visible = (labels == value).sum() / max(1, entry.area)
-            if entry.class_index is not None and visible >= self.sampling.least_visible:
+            if entry.class_index is not None and (
+                _visible(labels, value, box, entry) >= self.sampling.least_visible
+            ):
                 boxes.append(box)
                 classes.append(entry.class_index)
             else:
@@ -230,6 +237,35 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
             "labels": torch.tensor(classes, dtype=torch.long),
             "ignored": torch.tensor(ignored, dtype=torch.float32).reshape(-1, 4),
         }
+
+
+def _enter(
+    crop: NDArray[np.uint8], table: list[CropLabel], mask: NDArray[np.bool_], entry: CropLabel
+) -> None:
+    """Draw a lesion into the crop's label map with a value of its own, if any of it is in the crop.
+
+    Where the values run out, the last one stands for all further lesions, to be ignored.
+    """
+    if not mask.any():
+        return
+    if len(table) < _MOST_LABELS:
+        table.append(entry)
+    else:
+        table[-1] = CropLabel(None)
+    crop[mask] = len(table)
+
+
+def _visible(
+    labels: NDArray[np.uint8], value: int, box: tuple[int, int, int, int], entry: CropLabel
+) -> float:
+    """Return the share of a lesion that the augmented crop shows.
+
+    One that the crop's edge does not cut is all there, however the zoom changed its area.
+    """
+    rows, columns = labels.shape
+    if entry.whole and min(box[:2]) > 0 and box[2] < columns and box[3] < rows:
+        return 1.0
+    return float((labels == value).sum()) / max(1, entry.area)
 
 
 def labels_by_plane(labels: NDArray[np.integer]) -> dict[int, set[int]]:

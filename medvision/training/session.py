@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import nn
 
 from medvision.detector import BEST_WEIGHTS, DetectorConfig, save_weights
 from medvision.errors import Interrupted
+from medvision.files import atomic_write_text
 from medvision.models.retinanet import RetinaNet
 from medvision.progress import Progress, ProgressCallback, StopCallback
 from medvision.stacks.augment import Augmenter
@@ -46,55 +48,72 @@ class Session:
     state: TrainState
     on_progress: ProgressCallback
     should_stop: StopCallback
-    _validations: int = 0
+    _guard: SkipGuard = field(default_factory=SkipGuard)
     _last: tuple[int, Validation] | None = None
+    _mined: bool = False
 
     def go(self) -> Validation | None:
         """Train to the end; return the last validation, if scans were held out."""
         if self.state.finished:
             return None
+        _drop_later_records(self.run / METRICS_FILE, self.state.step)
         clock = Clock(self.config, self.state.seconds, monotonic)
-        guard = SkipGuard()
         dataset = self._dataset()
-        self._validations = int(clock.progress(self.state.step) * self.config.validations)
-        self.trainer.network.train()
-        while not self.state.finished:
-            self._until_mined(dataset, clock, guard)
-        # Mining takes time, and with a time limit may take the run past its last validation.
+        while not self._until_next_look(dataset, clock):
+            continue
+        # A time limit, or the mining under it, may end a run between two validations.
         if self.cases.validation and (self._last is None or self._last[0] != self.state.step):
-            self._validate()
-        self._save(guard)
+            self._validate(clock)
+        self.state.finished = True
+        self._save()
         return self._last[1] if self._last else None
 
-    def _until_mined(self, dataset: CropSampler, clock: Clock, guard: SkipGuard) -> None:
-        """Train to the end of the run, or to where hard negatives have been found for the rest."""
-        config, state = self.config, self.state
-        saved = monotonic()
+    def _until_next_look(self, dataset: CropSampler, clock: Clock) -> bool:
+        """Validate and mine what is due, then train until something is again; True at the end.
+
+        What is due is done before a step and not after it, so that a run stopped in the middle of it
+        does it again when resumed, with the same weights.
+        """
+        state = self.state
+        clock.reserved = state.validation_seconds
         progress = clock.progress(state.step)
-        found = load_hard_negatives(self.run, state.step)
-        dataset.hard_negatives = found or []
-        for images, targets, names in batches(dataset, config, state.step):
+        if self._validation_due(progress):
+            self._validate(clock)
+        if self._mining_due(progress):
+            self._mine()
+        dataset.hard_negatives = load_hard_negatives(self.run, state.step) or []
+        progress = clock.progress(state.step)
+        if progress >= 1.0:
+            return True
+        saved = monotonic()
+        self.trainer.network.train()
+        for images, targets, names in batches(dataset, self.config, state.step):
             losses = self.trainer.step(images, targets, progress)
-            guard.note(losses is not None, names)
+            self._guard.note(losses is not None, names)
             state.step += 1
             state.seconds = clock.seconds
             self._tell(losses)
-            progress = clock.progress(state.step)
-            if int(progress * config.validations) > self._validations and self.cases.validation:
-                self._validations = int(progress * config.validations)
-                self._validate()
-            mine = found is None and config.sampling.hard_share > 0 and progress >= MINE_AT
-            if mine:
-                self._mine()
-            # After these two, so that a run resumed from here has not lost them.
-            self._stop_if_asked(guard)
+            self._stop_if_asked()
             if monotonic() - saved > CHECKPOINT_SECONDS:
-                self._save(guard)
+                self._save()
                 saved = monotonic()
-            if progress >= 1.0 or mine:
-                break
+            progress = clock.progress(state.step)
+            if progress >= 1.0:
+                return True
+            if self._validation_due(progress) or self._mining_due(progress):
+                return False
         # Without a next batch all steps are done, whatever the clock says.
-        state.finished = progress >= 1.0 or state.step >= config.steps
+        return True
+
+    def _validation_due(self, progress: float) -> bool:
+        looks = int(progress * self.config.validations)
+        return bool(self.cases.validation) and looks > self.state.validations
+
+    def _mining_due(self, progress: float) -> bool:
+        if self._mined or self.config.sampling.hard_share == 0 or progress < MINE_AT:
+            return False
+        self._mined = load_hard_negatives(self.run, self.state.step) is not None
+        return not self._mined
 
     def _mine(self) -> None:
         trainer = self.trainer
@@ -103,7 +122,7 @@ class Session:
             self.detector,
             self.cases.training,
             trainer.device,
-            self.on_progress,
+            self._tell_and_stop,
         )
         save_hard_negatives(self.run, self.state.step, found)
         self._record({"kind": "hard negatives", "places": len(found)})
@@ -132,29 +151,36 @@ class Session:
         with (self.run / METRICS_FILE).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def _stop_if_asked(self, guard: SkipGuard) -> None:
+    def _tell_and_stop(self, progress: Progress) -> None:
+        self.on_progress(progress)
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
         signal_number = self.should_stop()
         if signal_number is None:
             return
-        self._save(guard)
+        self._save()
         raise Interrupted(
             f"Training was stopped at step {self.state.step} of {self.config.steps}; it is saved.",
             signal_number=signal_number,
             do="Go on with the same command and --resume.",
         )
 
-    def _save(self, guard: SkipGuard) -> None:
-        self.state.skipped_steps += guard.skipped
-        guard.skipped = 0
+    def _save(self) -> None:
+        self.state.skipped_steps += self._guard.skipped
+        self._guard.skipped = 0
         save_checkpoint(
             self.run, self.state, self.trainer.network, self.trainer.average, self.trainer.optimizer
         )
 
-    def _validate(self) -> None:
+    def _validate(self, clock: Clock) -> None:
         average = _as_retinanet(self.trainer.average)
+        started = clock.seconds
         result = validate(
-            average, self.detector, self.cases.validation, self.trainer.device, self.on_progress
+            average, self.detector, self.cases.validation, self.trainer.device, self._tell_and_stop
         )
+        self.state.validations += 1
+        self.state.validation_seconds = clock.seconds - started
         self._record(
             {
                 "kind": "validation",
@@ -175,6 +201,23 @@ class Session:
             write_validation_pictures(
                 self.run / PICTURE_FOLDER, self.cases.validation, result.results
             )
+
+
+def _drop_later_records(path: Path, step: int) -> None:
+    """Drop the records of steps after ``step``, which a killed run wrote and this one writes again."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _step_of(line) <= step]
+    if len(kept) < len(lines):
+        atomic_write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut short by the kill
 
 
 def _as_retinanet(network: nn.Module) -> RetinaNet:
