@@ -52,7 +52,8 @@ def predict(
             metavar="SCORE",
             min=0,
             max=1,
-            help="Keep findings that score this or more; if not given, as the run says.",
+            help="Lowest score of a finding; if not given, as training found it. What scores less "
+            "is listed in findings.json as a candidate.",
         ),
     ] = None,
     device: Device = "auto",
@@ -98,6 +99,7 @@ def predict(
         f"{len(usable)} of {len(batch.outcomes)} scans done",
         {
             "findings": sum(one.findings for one in usable),
+            "candidates": f"{sum(one.candidates for one in usable)} that score less, in findings.json",
             "scans": f"{len(usable) - healthy} with findings, {healthy} without",
             "kept": f"{len(kept)} were there already" if kept else None,
             "failed": f"{len(failed)}, reasons in {out / 'summary.json'}" if failed else None,

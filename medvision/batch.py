@@ -53,6 +53,7 @@ class CaseOutcome:
     status: str
     folder: str = ""
     findings: int = 0
+    candidates: int = 0
     seconds: float = 0.0
     reason: str = ""
 
@@ -178,9 +179,9 @@ class _Work:
         name = folder_name(reference.case_id)
         try:
             source = self._source(reference)
-            status, count = "kept", None if self.overwrite else count_kept(self.out / name, source)
-            if count is None:
-                status, count = "done", self._predict(reference, name, source)
+            status, counts = "kept", None if self.overwrite else count_kept(self.out / name, source)
+            if counts is None:
+                status, counts = "done", self._predict(reference, name, source)
         except (ResourceError, Interrupted):
             raise
         except Exception as error:
@@ -188,7 +189,7 @@ class _Work:
             reason = _reason(error)
             _LOG.error("%s failed: %s\n%s", reference.case_id, reason, traceback.format_exc())
             return CaseOutcome(reference.case_id, "failed", seconds=_since(started), reason=reason)
-        return CaseOutcome(reference.case_id, status, name, count, _since(started))
+        return CaseOutcome(reference.case_id, status, name, *counts, _since(started))
 
     def _source(self, reference: ScanReference) -> dict[str, Any]:
         """Return what decides about the outcome: the scan's files, the weights, the settings."""
@@ -206,11 +207,13 @@ class _Work:
             "settings": self.settings,
         }
 
-    def _predict(self, reference: ScanReference, name: str, source: dict[str, Any]) -> int:
+    def _predict(
+        self, reference: ScanReference, name: str, source: dict[str, Any]
+    ) -> tuple[int, int]:
         volume = read_reference(reference, on_progress=self.on_progress)
         found = self.predictor(volume, case_id=reference.case_id, on_progress=self.on_progress)
         write_case_folder(self.out / name, volume, found, source, self.window_hu)
-        return len(found.findings)
+        return len(found.findings), len(found.candidates)
 
 
 def _load_predictor(run: Path, device: str, score_thresh: float | None) -> Any:

@@ -55,6 +55,14 @@ def save_detector_config(run: Path, config: DetectorConfig) -> None:
     atomic_write_text(run / DETECTOR_FILE, config.model_dump_json(indent=2) + "\n")
 
 
+def with_score_thresh(config: DetectorConfig, score_thresh: float | None) -> DetectorConfig:
+    """Return ``config`` with another lowest score of a finding; as it is for None."""
+    if score_thresh is None:
+        return config
+    update = {"score_thresh": round(score_thresh, 4)}
+    return config.model_copy(update={"predict": config.predict.model_copy(update=update)})
+
+
 def load_detector_config(run: Path) -> DetectorConfig:
     """Read ``run/detector.json``. UsageError if ``run`` holds no detector, InputError if it is broken."""
     path = run / DETECTOR_FILE

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from medvision.detector import DetectorConfig, load_detector
+from medvision.detector import DetectorConfig, load_detector, with_score_thresh
 from medvision.device import Device, choose_device
 from medvision.errors import InputError
 from medvision.findings.assemble import make_finding
@@ -35,13 +35,10 @@ class Predictor:
     """
 
     def __init__(self, run: Path, device: str = "auto", score_thresh: float | None = None) -> None:
-        """Load a run folder; ``score_thresh`` overrides the lowest score reported, 0..1."""
+        """Load a run folder; ``score_thresh`` overrides the run's lowest score of a finding, 0..1."""
         self.device = choose_device(device)
         network, config, self.about = load_detector(Path(run))
-        if score_thresh is not None:
-            update = config.predict.model_copy(update={"score_thresh": score_thresh})
-            config = config.model_copy(update={"predict": update})
-        self.config = config
+        self.config = with_score_thresh(config, score_thresh)
         self.network = network.to(self.device.torch_device).to(memory_format=torch.channels_last)
 
     def __call__(
@@ -50,15 +47,18 @@ class Predictor:
         case_id: str | None = None,
         on_progress: ProgressCallback = ignore_progress,
     ) -> ScanFindings:
-        """Return the findings of a volume, in its own grid. Raises InputError for another modality."""
+        """Return what is found in a volume, in its own grid. Raises InputError for another modality."""
         self._check_modality(volume)
-        findings = find_lesions(volume, self.network, self.config, self.device, on_progress)
+        found = find_lesions(volume, self.network, self.config, self.device, on_progress)
+        thresh = self.config.predict.score_thresh
         source = volume.source
         return ScanFindings(
             case_id=case_id or source.series_instance_uid or "scan",
             shape=volume.shape,
             affine=volume.affine,
-            findings=findings,
+            findings=tuple(finding for finding in found if finding.score >= thresh),
+            candidates=tuple(finding for finding in found if finding.score < thresh),
+            score_thresh=thresh,
             class_names=self.config.class_names,
             modality=source.modality,
             study_instance_uid=source.study_instance_uid,
@@ -85,7 +85,7 @@ def find_lesions(
     device: Device,
     on_progress: ProgressCallback = ignore_progress,
 ) -> tuple[Finding, ...]:
-    """Return the findings of a volume by falling score, boxes in the volume's own voxel edges."""
+    """Return findings and candidates by falling score, boxes in the volume's own voxel edges."""
     seen = resample_inplane(volume, config.pixel_mm)
     window = body_box(seen.array, volume.source.modality or config.modality)
     detections = detect_slices(seen, window, network, config, device, on_progress)
@@ -98,7 +98,8 @@ def find_lesions(
     )
     depth = score_depth(volume, config.predict)
     lesions = link_slices(detections, config.predict, depth)[: config.predict.findings_per_scan]
-    kept = [lesion for lesion in lesions if lesion.score >= config.predict.score_thresh]
+    lowest = min(config.predict.candidate_thresh, config.predict.score_thresh)
+    kept = [lesion for lesion in lesions if lesion.score >= lowest]
     return tuple(
         make_finding(number, lesion, detections, config.class_names, volume.shape, volume.affine)
         for number, lesion in enumerate(kept, start=1)

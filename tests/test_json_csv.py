@@ -50,6 +50,7 @@ def scan_findings(*findings, **rest):
         "shape": (30, 40, 50),
         "affine": AFFINE,
         "findings": findings,
+        "score_thresh": 0.3,
         "class_names": ("nodule", "cyst"),
         "modality": "CT",
         "study_instance_uid": "1.2.3",
@@ -300,3 +301,21 @@ def test_negative_numbers_stay_numbers(tmp_path):
     mm = BoxMm(-5, -6, -7, 1, 2, 3)
     write_findings(tmp_path, scan_findings(finding(box_mm=mm)))
     assert float(rows_of(tmp_path)[0]["x_min_mm"]) == -5
+
+
+def test_candidates_are_kept_apart_and_come_back(tmp_path):
+    scan = scan_findings(finding(1), candidates=(finding(2, score=0.2), finding(3, score=0.1)))
+    write_findings(tmp_path, scan)
+    made = json.loads((tmp_path / "findings.json").read_text())
+    jsonschema.validate(made, SCHEMA)
+    assert [item["finding_id"] for item in made["findings"]] == [1]
+    assert [item["finding_id"] for item in made["candidates"]] == [2, 3]
+    assert made["score_thresh"] == 0.3
+    back = read_findings(tmp_path)
+    assert [item.score for item in back.candidates] == [0.2, 0.1]
+    assert equal(back, scan)
+    assert len((tmp_path / "findings.csv").read_text().splitlines()) == 2
+    made["candidates"][0]["finding_id"] = 1
+    (tmp_path / "findings.json").write_text(json.dumps(made))
+    with pytest.raises(InputError, match="once"):
+        read_findings(tmp_path)

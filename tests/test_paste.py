@@ -65,3 +65,34 @@ def test_a_vessel_is_not_covered(cutout: Cutout) -> None:
     stack[:, ::6] = 0.0
     generator = np.random.default_rng(0)
     assert paste(stack, occupied, cutout, OFFSETS, 1400, 8, generator) is None
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_zoomed_lesion_has_the_size_it_was_given(cutout: Cutout, factor: float) -> None:
+    sizes = []
+    for seed in range(12):
+        stack, occupied = lung()
+        generator = np.random.default_rng(seed)
+        mask = paste(stack, occupied, cutout, OFFSETS, 1400, 8, generator, (factor, factor))
+        assert mask is not None
+        assert stack[1][mask].min() > -450
+        assert np.abs(stack[1] + 840).max(initial=0, where=~mask) < 890
+        sizes.append(mask.sum())
+    # Never under 4 pixels wide: 6 x 0.5 becomes 6 x 0.67.
+    expected = 24 * max(factor, 4 / 6) ** 2
+    assert np.mean(sizes) == pytest.approx(expected, rel=0.45)
+
+
+def test_zooming_out_brings_the_next_slices_nearer(cutout: Cutout) -> None:
+    """Three slices of lesion at half size fill one and a half."""
+    lit = []
+    for zoom in (1.0, 2 / 3):
+        counts = []
+        for seed in range(24):
+            stack, occupied = lung()
+            generator = np.random.default_rng(seed)
+            mask = paste(stack, occupied, cutout, OFFSETS, 1400, 8, generator, (zoom, zoom))
+            assert mask is not None
+            counts.append(sum((plane[mask] > -100).all() for plane in stack))
+        lit.append(np.mean(counts))
+    assert lit[1] < lit[0]

@@ -122,6 +122,23 @@ def test_batch_size_changes_nothing(run: Path) -> None:
         )
 
 
+def test_what_scores_less_is_a_candidate_and_nothing_is_lost(run: Path) -> None:
+    array = np.random.default_rng(0).normal(-500, 200, (5, 48, 40)).astype(np.int16)
+    volume = Volume(array, OBLIQUE, ScanSource(modality="CT"))
+    everything = Predictor(run, "cpu")(volume)
+    assert everything.candidates == ()
+    scores = [item.score for item in everything.findings]
+    thresh = scores[len(scores) // 2]
+    assert thresh < 0.05 or thresh < scores[0]
+    split = Predictor(run, "cpu", score_thresh=thresh)(volume)
+    assert split.score_thresh == round(thresh, 4)
+    assert min(item.score for item in split.findings) >= split.score_thresh
+    assert all(item.score < split.score_thresh for item in split.candidates)
+    numbers = [item.finding_id for item in (*split.findings, *split.candidates)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(numbers) == sum(score >= min(0.05, split.score_thresh) for score in scores)
+
+
 def test_another_modality_is_refused(run: Path) -> None:
     volume = Volume(np.zeros((2, 20, 20), dtype=np.int16), PLAIN, ScanSource(modality="MR"))
     with pytest.raises(InputError, match="must be CT"):

@@ -73,6 +73,10 @@ def masks(case: MadeCase) -> np.ndarray:
     return labels
 
 
+FAR = Annotation(1, "solid", Box(0, 0, 0, 1, 2, 2), np.ones((1, 2, 2), bool))
+"""The CT's own nodule in a corner that no training window reaches."""
+
+
 def base_of(chest: Chest, case: MadeCase) -> np.ndarray:
     start = np.rint(chest.volume.patient_to_index(case.volume.index_to_patient([0, 0, 0])))
     low = start.astype(int)
@@ -84,7 +88,7 @@ def base_of(chest: Chest, case: MadeCase) -> np.ndarray:
 @pytest.fixture(scope="module")
 def case(chest: Chest, config: SampleConfig) -> MadeCase:
     nodules = [nodule(8, 5, 1), nodule(4, 1, 2), nodule(6, 5, 3)]
-    return make_train_case(chest, plan(*nodules), 0, config)
+    return make_train_case(chest, plan(*nodules), 0, config, FAR)
 
 
 def test_training_case_is_a_piece_of_the_ct_in_its_place(
@@ -108,7 +112,7 @@ def test_labels_lie_on_what_was_put_in(chest: Chest, case: MadeCase) -> None:
 @pytest.mark.parametrize("index", range(4))
 def test_nodules_are_whole(chest: Chest, config: SampleConfig, index: int) -> None:
     """What is put in later may share a window with an earlier nodule, but not undo it."""
-    made = make_train_case(chest, plan(*[nodule(7, 5, i) for i in range(4)]), index, config)
+    made = make_train_case(chest, plan(*[nodule(7, 5, i) for i in range(4)]), index, config, FAR)
     labels = masks(made)
     for label in range(1, 5):
         inside = made.volume.array[labels == label]
@@ -118,7 +122,7 @@ def test_nodules_are_whole(chest: Chest, config: SampleConfig, index: int) -> No
 def test_decoys_are_there_and_unlabelled(chest: Chest, config: SampleConfig) -> None:
     changed = 0
     for index in range(5):
-        made = make_train_case(chest, plan(), index, config)
+        made = make_train_case(chest, plan(), index, config, FAR)
         assert made.annotations == ()
         assert 1 <= len(made.decoys) <= config.train.decoys[1]
         changed += int((made.volume.array != base_of(chest, made)).sum())
@@ -144,10 +148,12 @@ def test_the_same_seed_makes_the_same_voxels(
     chest: Chest, config: SampleConfig, case: MadeCase
 ) -> None:
     nodules = [nodule(8, 5, 1), nodule(4, 1, 2), nodule(6, 5, 3)]
-    again = make_train_case(chest, plan(*nodules), 0, config)
+    again = make_train_case(chest, plan(*nodules), 0, config, FAR)
     assert (again.volume.array == case.volume.array).all()
     assert again.decoys == case.decoys
-    other = make_train_case(chest, plan(*nodules), 0, config.model_copy(update={"seed": 7}))
+    other = make_train_case(
+        chest, plan(*nodules), 0, config.model_copy(update={"seed": 7}), FAR
+    )
     assert not np.array_equal(other.volume.array, case.volume.array)
 
 
@@ -174,11 +180,29 @@ def test_test_case_is_the_left_lung_with_the_own_nodule_ignored(
     assert made.volume.shape[0] >= lung
 
 
+def test_the_own_nodule_in_a_training_window_is_ignored_and_left_alone(
+    chest: Chest, config: SampleConfig
+) -> None:
+    low = chest.right.box.lower.astype(int)
+    box = Box(*low.tolist(), *(low + np.array([20, 60, 60])).tolist())
+    own = Annotation(1, "solid", box, np.ones((20, 60, 60), bool))
+    made = make_train_case(chest, plan(), 0, config, own)
+    (ignored,) = made.annotations
+    assert ignored.ignore
+    assert ignored.mask is not None
+    labels = masks(made)
+    assert (labels == 1).sum() == ignored.mask.sum()
+    start = made.volume.index_to_patient([0, 0, 0])
+    inside = chest.volume.patient_to_index(start) + ignored.box.lower
+    assert (inside >= box.lower - 0.01).all()
+    assert (made.volume.array == base_of(chest, made))[labels == 1].all()
+
+
 def test_a_nodule_without_room_is_refused(chest: Chest, config: SampleConfig) -> None:
     full = config.placement.model_copy(update={"max_mean_hu": -2000.0, "attempts": 5})
     config = config.model_copy(update={"placement": full})
     with pytest.raises(InputError, match="no room"):
-        make_train_case(chest, plan(nodule(6, 5, 1)), 0, config)
+        make_train_case(chest, plan(nodule(6, 5, 1)), 0, config, FAR)
 
 
 def test_places_keep_off_vessels() -> None:

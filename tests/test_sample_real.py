@@ -130,7 +130,7 @@ def test_one_real_case_of_each_kind(sources: Sources) -> None:
     config = load_config()
     train, test = plan_cases(sources.nodules, config)
     own = agreed_nodule(sources.own_nodule, sources.chest.volume, readers=1)
-    made = make_train_case(sources.chest, train[0], 0, config)
+    made = make_train_case(sources.chest, train[0], 0, config, own)
     assert made.volume.shape == (32, 160, 160)
     whole = make_test_case(sources.chest, test[0], 0, config, own)
     assert whole.annotations[-1].ignore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,20 @@ import torch
 from safetensors.torch import load_file
 
 from medvision.datasets.discover import Case, LoadedCase
+from medvision.detector import load_detector_config
 from medvision.device import choose_device
 from medvision.errors import Interrupted, UsageError
-from medvision.geometry import Box
+from medvision.findings.finding import Finding
+from medvision.geometry import Box, BoxMm
 from medvision.labels.annotation import Annotation
 from medvision.models.config import RetinaNetConfig
 from medvision.progress import Progress
 from medvision.sample_data.phantoms import make_phantom, write_phantom_dataset
 from medvision.scans.load import ScanReference
+from medvision.scans.volume import Volume
 from medvision.stacks.augment import AugmentConfig, Augmenter
 from medvision.stacks.config import StackConfig
+from medvision.training import validate as validation
 from medvision.training.cache import cache_case
 from medvision.training.config import SamplingConfig, TrainConfig, make_train_config
 from medvision.training.loop import Clock
@@ -194,6 +199,28 @@ def test_no_lesion_of_a_crowded_slice_is_taught_as_background(tmp_path: Path) ->
     assert len(table) <= 254
     assert table[-1].class_index is None
     assert sum(entry.class_index == 0 for entry in table) == 253
+
+
+def test_held_out_false_positives_set_the_lowest_score_of_a_finding(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Finding(
+        1, "solid", 0.4, Box(0, 0, 0, 1, 4, 4), BoxMm(0, 0, 0, 1, 1, 1), (0, 0, 0), 0, 1, 1
+    )
+
+    def one_false_each(volume: Volume, *_: object) -> tuple[Finding, ...]:
+        score = 0.4 + 0.001 * (hash(volume.array.tobytes()) % 100)
+        shown.append(score)
+        return (replace(found, score=score),)
+
+    shown: list[float] = []
+    monkeypatch.setattr(validation, "find_lesions", one_false_each)
+    predict = {"operating_fp_per_scan": 0.5}
+    train(data, tmp_path, small(steps=1, validations=1, predict=predict))
+    held_out = sorted(shown)
+    assert len(held_out) >= 2
+    thresh = load_detector_config(tmp_path).predict.score_thresh
+    assert sum(score >= thresh for score in held_out) == len(held_out) // 2
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,21 @@ class PredictConfig(BaseModel):
         0.1, ge=0, le=1, description="lowest score of a finding's box, relative to its best"
     )
     score_depth_mm: float = Field(
-        7.5, gt=0, description="depth over which a finding's best boxes are averaged, mm"
+        5.0, gt=0, description="depth over which a finding's best boxes are averaged, mm"
     )
     flips: bool = Field(True, description="average over the slices and their mirror images")
-    score_thresh: float = Field(0.05, ge=0, le=1, description="lowest score of a finding reported")
-    findings_per_scan: int = Field(100, ge=1, description="most findings reported for a scan")
+    score_thresh: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="lowest score of a finding; training sets it by operating_fp_per_scan",
+    )
+    operating_fp_per_scan: float = Field(
+        0.25, ge=0, description="false positives per held-out scan that score_thresh lets through"
+    )
+    candidate_thresh: float = Field(
+        0.05, ge=0, le=1, description="lowest score of a candidate, listed apart from the findings"
+    )
+    findings_per_scan: int = Field(
+        100, ge=1, description="most findings and candidates listed for a scan"
+    )

@@ -30,7 +30,8 @@ class SliceBox:
 class Finding:
     """A lesion in the scan's voxel grid and in the patient.
 
-    ``finding_id`` counts from 1 in falling score; it is the value in the label volume.
+    ``finding_id`` counts from 1 in falling score, on through the candidates; it is the value in the
+    label volume.
     ``class_scores`` holds the score of every class; ``score`` is the score of the finding as such.
     ``key_slice`` is the slice with the highest box score. ``diameter_mm`` is the longest in-plane
     diameter, ``volume_mm3`` that of the mask. ``mask`` has the shape of ``box.slices``.
@@ -61,6 +62,8 @@ class ScanFindings:
     """All findings of one scan, with what is needed to place them: its grid and its identifiers.
 
     ``shape`` is (slices, rows, columns). An empty ``findings`` means: looked, nothing found.
+    ``candidates`` scored under ``score_thresh``: too doubtful to show a reader, and needed to draw
+    sensitivity against false positives. Every finding scores as much as every candidate or more.
     ``model`` names the run that found them (name, SHA-256 of the weights, medvision version).
     """
 
@@ -75,3 +78,5 @@ class ScanFindings:
     frame_of_reference_uid: str = ""
     notes: tuple[str, ...] = ()
     model: dict[str, str] = field(default_factory=dict)
+    candidates: tuple[Finding, ...] = ()
+    score_thresh: float = 0.0

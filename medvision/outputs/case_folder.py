@@ -64,11 +64,12 @@ def write_case_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def count_kept(folder: Path, source: dict[str, Any]) -> int | None:
-    """Return the number of findings in a finished folder that came from ``source``, else None."""
+def count_kept(folder: Path, source: dict[str, Any]) -> tuple[int, int] | None:
+    """Return how many findings and candidates a finished folder from ``source`` has, else None."""
     try:
         if json.loads((folder / SOURCE_FILE).read_bytes()) == source:
-            return len(read_findings(folder).findings)
+            kept = read_findings(folder)
+            return len(kept.findings), len(kept.candidates)
     except (OSError, ValueError, MedvisionError):
         return None
     return None

@@ -28,8 +28,9 @@ _CSV_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 def write_findings(folder: Path, scan_findings: ScanFindings) -> None:
     """Write ``folder/findings.json`` and ``folder/findings.csv``, each atomically.
 
-    No findings give an empty list and a CSV with only its header. Masks are not in these files;
-    ``write_finding_labels`` writes them. Raises InputError if a number is not finite.
+    No findings give an empty list and a CSV with only its header; candidates are in the JSON alone.
+    Masks are not in these files; ``write_finding_labels`` writes them. Raises InputError if a
+    number is not finite.
     """
     document = findings_to_json(scan_findings)
     try:
@@ -64,7 +65,9 @@ def findings_to_json(scan_findings: ScanFindings) -> dict[str, object]:
         },
         "class_names": list(scan_findings.class_names),
         "notes": list(scan_findings.notes),
+        "score_thresh": float(scan_findings.score_thresh),
         "findings": [_finding_to_json(finding) for finding in scan_findings.findings],
+        "candidates": [_finding_to_json(finding) for finding in scan_findings.candidates],
     }
 
 

@@ -42,7 +42,8 @@ def read_findings(path: Path) -> ScanFindings:
     shape, affine = _shape(grid), _affine(grid)
     names = tuple(top.texts("class_names"))
     items = [_finding(item, names, shape) for item in top.items("findings")]
-    ids = [item.finding_id for item in items]
+    candidates = [_finding(item, names, shape) for item in top.items("candidates")]
+    ids = [item.finding_id for item in (*items, *candidates)]
     if len(set(ids)) < len(ids):
         top.fail("findings", "must have each finding_id once", ids)
     return ScanFindings(
@@ -50,6 +51,8 @@ def read_findings(path: Path) -> ScanFindings:
         shape=shape,
         affine=affine,
         findings=tuple(items),
+        candidates=tuple(candidates),
+        score_thresh=top.number("score_thresh", 0, 1),
         class_names=names,
         modality=top.text("modality"),
         study_instance_uid=top.text("study_instance_uid"),

@@ -163,7 +163,8 @@ def _case(
     found = read_labels(labels, scan.case_id, scan.shape, scan.affine, scan_path=path)
     if found is None:
         return None
-    return CaseResult(scan.case_id, scan.findings, tuple(found), scan.affine, scan.shape, patient)
+    everything = (*scan.findings, *scan.candidates)
+    return CaseResult(scan.case_id, everything, tuple(found), scan.affine, scan.shape, patient)
 
 
 def _labelled(labels: Path, places: Mapping[str, ScanPlace]) -> set[str]:

@@ -60,36 +60,71 @@ Placed = tuple[Donated, Window, NDArray[np.bool_]]
 """A nodule with the window it lies in and its mask there."""
 
 
-def make_train_case(chest: Chest, plan: Plan, index: int, config: SampleConfig) -> MadeCase:
-    """Make sub-volume number ``index`` of the right lung; InputError if the nodules find no room."""
+def make_train_case(
+    chest: Chest, plan: Plan, index: int, config: SampleConfig, own: Annotation
+) -> MadeCase:
+    """Make sub-volume number ``index`` of the training lung; InputError if there is no room.
+
+    ``own`` is the CT's own nodule in the CT's grid: what of it comes into view is to be ignored.
+    """
     rng = np.random.default_rng([config.seed, _TRAIN_PURPOSE, index])
     for _ in range(_WINDOW_ATTEMPTS):
         box = draw_window(chest.right, config, rng)
-        scene = open_scene(chest, chest.right, box)
-        made = _fill(scene, plan, config, rng, config.train.decoys)
-        if made is not None:
-            return _finish(chest, box, scene, plan.case_id, *made)
+        case = _make(chest, chest.right, box, plan, config, rng, config.train.decoys, own)
+        if case is not None:
+            return case
     raise InputError(f"The nodules of {plan.case_id} find no room in the right lung.")
 
 
 def make_test_case(
-    chest: Chest, plan: Plan, index: int, config: SampleConfig, ignored: Annotation
+    chest: Chest, plan: Plan, index: int, config: SampleConfig, own: Annotation
 ) -> MadeCase:
-    """Make left lung number ``index``; ``ignored`` is the CT's own nodule, in the CT's grid."""
+    """Make test lung number ``index``, whole; ``own`` as for ``make_train_case``."""
     rng = np.random.default_rng([config.seed, _TEST_PURPOSE, index])
     box = lung_window(chest, config.test.margin)
-    start = box.lower
-    own_box = ignored.box.shift(*(-start).tolist())
     for _ in range(_WINDOW_ATTEMPTS):
-        scene = open_scene(chest, chest.left, box)
-        if ignored.mask is not None:
-            scene.occupy(own_box.slices, ignored.mask, config.placement.gap_mm)
-        made = _fill(scene, plan, config, rng, config.test.decoys)
-        if made is not None:
-            case = _finish(chest, box, scene, plan.case_id, *made)
-            own = replace(ignored, label=len(case.donated) + 1, box=own_box, ignore=True)
-            return replace(case, annotations=(*case.annotations, own))
+        case = _make(chest, chest.left, box, plan, config, rng, config.test.decoys, own)
+        if case is not None:
+            return case
     raise InputError(f"The nodules of {plan.case_id} find no room in the left lung.")
+
+
+def _make(
+    chest: Chest,
+    lung: Lung,
+    box: Box,
+    plan: Plan,
+    config: SampleConfig,
+    rng: np.random.Generator,
+    decoy_range: tuple[int, int],
+    own: Annotation,
+) -> MadeCase | None:
+    scene = open_scene(chest, lung, box)
+    seen = _part_inside(own, box)
+    if seen is not None and seen.mask is not None:
+        scene.occupy(seen.box.slices, seen.mask, config.placement.gap_mm)
+    made = _fill(scene, plan, config, rng, decoy_range)
+    if made is None:
+        return None
+    case = _finish(chest, box, scene, plan.case_id, *made)
+    if seen is None:
+        return case
+    label = len(case.donated) + 1
+    return replace(case, annotations=(*case.annotations, replace(seen, label=label)))
+
+
+def _part_inside(annotation: Annotation, box: Box) -> Annotation | None:
+    """Return what of a lesion lies in an integer ``box``, in that box's grid and to be ignored."""
+    low = np.maximum(annotation.box.lower, box.lower).astype(int)
+    high = np.minimum(annotation.box.upper, box.upper).astype(int)
+    if annotation.mask is None or (low >= high).any():
+        return None
+    start = annotation.box.lower.astype(int)
+    inner = tuple(slice(a, b) for a, b in zip(low - start, high - start, strict=True))
+    if not annotation.mask[inner].any():
+        return None
+    part = Box(*(low - box.lower).tolist(), *(high - box.lower).tolist())
+    return replace(annotation, box=part, mask=annotation.mask[inner], ignore=True)
 
 
 def draw_window(lung: Lung, config: SampleConfig, rng: np.random.Generator) -> Box:

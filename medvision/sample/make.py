@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from medvision.progress import (
     never_stop,
 )
 from medvision.sample import parts
-from medvision.sample.cases import make_test_case, make_train_case
+from medvision.sample.cases import MadeCase, make_test_case, make_train_case
 from medvision.sample.config import SampleConfig, load_config
-from medvision.sample.donors import plan_cases
+from medvision.sample.donors import Plan, plan_cases
 from medvision.sample.fetch import default_cache, extract, fetch_wheels
 from medvision.sample.lidc import Nodule, read_nodules, read_scan_row
 from medvision.sample.lungs import Chest, read_chest
@@ -142,10 +142,8 @@ def _makers(
     """Return what makes each part; nothing is made before it is called."""
     chest, nodule = sources.chest, sources.own_nodule
     agreed = agreed_nodule(nodule, chest.volume, readers=config.min_readers)
-    outlined = replace(agreed_nodule(nodule, chest.volume, readers=1), ignore=True)
     train, test = plan_cases(sources.nodules, config)
-    trained = (make_train_case(chest, plan, i, config) for i, plan in enumerate(train))
-    tested = (make_test_case(chest, plan, i, config, outlined) for i, plan in enumerate(test))
+    trained, tested = made_cases(sources, config, train, test)
     return {
         "series": lambda: parts.write_series(folder / "series", chest, report),
         "series_truth": lambda: parts.write_truth(
@@ -154,6 +152,18 @@ def _makers(
         "train": lambda: parts.write_cases(folder / "train", trained, len(train), report),
         "test": lambda: parts.write_cases(folder / "test", tested, len(test), report),
     }
+
+
+def made_cases(
+    sources: Sources, config: SampleConfig, train: Sequence[Plan], test: Sequence[Plan]
+) -> tuple[Iterator[MadeCase], Iterator[MadeCase]]:
+    """Return the planned training and test cases, each made when it is asked for."""
+    chest = sources.chest
+    own = agreed_nodule(sources.own_nodule, chest.volume, readers=1)
+    return (
+        (make_train_case(chest, plan, i, config, own) for i, plan in enumerate(train)),
+        (make_test_case(chest, plan, i, config, own) for i, plan in enumerate(test)),
+    )
 
 
 def _stopping(on_progress: ProgressCallback, should_stop: StopCallback) -> ProgressCallback:

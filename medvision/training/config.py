@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from medvision.errors import UsageError
 from medvision.findings.config import PredictConfig
@@ -30,8 +30,12 @@ class SamplingConfig(BaseModel):
     class_balance: float = Field(
         0.7, ge=0, le=1, description="0: lesions as often as they are; 1: classes equally often"
     )
+    pastes: int = Field(2, ge=0, description="lesions of other scans pasted into a crop, at most")
     paste_share: float = Field(
-        0.7, ge=0, le=1, description="share of crops into which a lesion of some scan is pasted"
+        0.7, ge=0, le=1, description="share of crops into which each of them is pasted"
+    )
+    paste_zoom: tuple[float, float] = Field(
+        (0.6, 1.3), description="smallest and largest zoom of a pasted lesion against its own size"
     )
     ignore_slices: int = Field(
         1,
@@ -44,6 +48,13 @@ class SamplingConfig(BaseModel):
         le=1,
         description="share of a lesion that must be in the crop to count; else ignored",
     )
+
+    @field_validator("paste_zoom")
+    @classmethod
+    def _rising(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0.1 <= value[0] <= value[1] <= 10:
+            raise ValueError("paste_zoom must be low, high with 0.1 <= low <= high <= 10")
+        return value
 
 
 class TrainConfig(BaseModel):

@@ -9,14 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from scipy.ndimage import binary_dilation, gaussian_filter
+from scipy import ndimage
+from torch.nn import functional
 
 from medvision.stacks.slice_stack import slice_stack
 from medvision.training.cache import CachedCase
 
 _MARGIN = 4
 """Pixels around a lesion that go along: two of blend and two of its own background to compare."""
+
+_LEAST_PIXELS = 4
+"""No lesion is made less wide than this, or less than it is: noise would look the same."""
 
 _TRIES = 8
 _NEAR = 0.08
@@ -47,9 +52,9 @@ def cut_out(case: CachedCase, label: int, window: tuple[slice, slice, slice], re
     pixels = np.array(case.array[grown])
     mask = np.asarray(case.labels[grown]) == label
     # What a lesion covers by less than half is lesion too, in the slice beyond as in the plane.
-    core = binary_dilation(mask, np.ones((3, 1, 1), dtype=bool))
-    core = binary_dilation(core, np.ones((1, 3, 3), dtype=bool))
-    cover = gaussian_filter(core.astype(np.float32), (0.0, 0.7, 0.7))
+    core = ndimage.binary_dilation(mask, np.ones((3, 1, 1), dtype=bool))
+    core = ndimage.binary_dilation(core, np.ones((1, 3, 3), dtype=bool))
+    cover = ndimage.gaussian_filter(core.astype(np.float32), (0.0, 0.7, 0.7))
     around = pixels[cover < 0.01]
     background = float(np.median(around)) if around.size else float(pixels.min())
     return Cutout(pixels, cover, mask, background)
@@ -63,18 +68,25 @@ def paste(
     width: float,
     border: int,
     generator: np.random.Generator,
+    zoom: tuple[float, float] = (1.0, 1.0),
 ) -> NDArray[np.bool_] | None:
     """Blend a lesion into ``stack[channel, row, column]`` in place; return its mask ``[row, column]``.
 
     Returns None if no place was found: nothing may be ``occupied[row, column]`` there, and the
     background must be like the lesion's own. ``offsets`` are the lesion's channels in slices of its own
     scan, ``width`` is the window's; ``border`` pixels at the edge are left alone. The middle channel
-    shows one of the slices that the lesion is on.
+    shows one of the slices that the lesion is on. ``zoom`` is the smallest and largest size it is
+    shown at, in all three directions, against its own.
     """
     plane = int(generator.choice(np.flatnonzero(cutout.mask.any(axis=(1, 2)))))
-    pixels = slice_stack(cutout.pixels, plane, offsets)
-    cover = slice_stack(cutout.cover, plane, offsets)
+    factor = _draw_zoom(cutout.mask, zoom, generator)
+    pixels = slice_stack(cutout.pixels, plane, offsets / factor)
+    cover = slice_stack(cutout.cover, plane, offsets / factor)
     mask = cutout.mask[plane]
+    if factor != 1:
+        pixels, cover, mask = _zoomed(pixels, cover, mask, factor)
+        if not mask.any():
+            return None
     pixels, cover, mask = _turned(pixels, cover, mask, int(generator.integers(8)))
     rows, columns = mask.shape
     free = (stack.shape[1] - 2 * border - rows, stack.shape[2] - 2 * border - columns)
@@ -93,6 +105,28 @@ def paste(
             placed[where] = mask
             return placed
     return None
+
+
+def _draw_zoom(
+    mask: NDArray[np.bool_], zoom: tuple[float, float], generator: np.random.Generator
+) -> float:
+    """Draw a factor, small and large ones alike, that leaves the lesion wide enough to be seen."""
+    low, high = zoom
+    widest = max(np.ptp(np.flatnonzero(mask.any(axis=axes))) + 1 for axes in ((0, 1), (0, 2)))
+    low = max(low, min(1.0, _LEAST_PIXELS / widest))
+    return float(np.exp(generator.uniform(np.log(low), np.log(high)))) if low < high else low
+
+
+def _zoomed(
+    pixels: NDArray, cover: NDArray, mask: NDArray, factor: float
+) -> tuple[NDArray, NDArray, NDArray]:
+    size = tuple(max(1, round(length * factor)) for length in mask.shape)
+
+    def sized(planes: NDArray) -> NDArray[np.float32]:
+        tensor = torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32))[None]
+        return functional.interpolate(tensor, size, mode="bilinear")[0].numpy()
+
+    return sized(pixels), sized(cover), sized(mask[None])[0] >= 0.5
 
 
 def _alike(values: NDArray, background: float, width: float) -> bool:

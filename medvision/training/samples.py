@@ -101,7 +101,7 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         self._weights = lesion_weights(lesions, sampling.class_balance)
         self._present = [labels_by_plane(case.labels) for case in cases]
         self._class_of = {(item.case, item.label): item.class_index for item in lesions}
-        self._cutouts = self._cut_out_all() if sampling.paste_share else []
+        self._cutouts = self._cut_out_all() if sampling.paste_share * sampling.pastes else []
         self._size = int(np.ceil(sampling.crop_size * _MARGIN))
 
     def __getitem__(self, index: int) -> Sample:
@@ -118,7 +118,8 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         pixels = crop_padded(case.array[window], top, left, size, case.limits[0])
         stack = slice_stack(pixels, plane - window.start, offsets)
         labels, table = self._label_crop(number, plane, top, left)
-        self._paste(stack, labels, table, case.limits[1] - case.limits[0], generator)
+        for _ in range(self.sampling.pastes if self._cutouts else 0):
+            self._paste(stack, labels, table, case.limits[1] - case.limits[0], generator)
         image = apply_window(stack, case.limits)
         moved, moved_labels = self.augmenter(image, labels, int(generator.integers(2**31)))
         target = self._target(moved_labels, table)
@@ -209,14 +210,15 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         generator: np.random.Generator,
     ) -> None:
         """Put a lesion of some training scan into this crop, if a place for it is found."""
-        if not self._cutouts or generator.random() >= self.sampling.paste_share:
+        if generator.random() >= self.sampling.paste_share or len(table) > _MOST_LABELS:
             return
         chosen = int(generator.choice(len(self.lesions), p=self._weights))
         spacing_mm = self.cases[self.lesions[chosen].case].volume.spacing_mm[0]
         offsets = stack_offsets(self.stack.n_slices, self.stack.slice_offset_mm, spacing_mm)
         border = (self._size - self.sampling.crop_size) // 2
         cutout = self._cutouts[chosen]
-        mask = paste(stack, labels > 0, cutout, offsets, width, border, generator)
+        zoom = self.sampling.paste_zoom
+        mask = paste(stack, labels > 0, cutout, offsets, width, border, generator, zoom)
         if mask is not None:
             table.append(CropLabel(self.lesions[chosen].class_index, int(mask.sum()), True))
             labels[mask] = len(table)

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from torch import nn
 
-from medvision.detector import BEST_WEIGHTS, DetectorConfig, save_weights
+from medvision.detector import (
+    BEST_WEIGHTS,
+    DetectorConfig,
+    save_detector_config,
+    save_weights,
+    with_score_thresh,
+)
 from medvision.errors import Interrupted
 from medvision.files import atomic_write_text
 from medvision.models.retinanet import RetinaNet
@@ -188,6 +194,7 @@ class Session:
                 "lesions": result.lesions,
                 "cpm": result.cpm,
                 "sensitivity_at_1_fp": result.sensitivity_at_1_fp,
+                "score_thresh": result.score_thresh,
             }
         )
         self._last = (self.state.step, result)
@@ -198,6 +205,7 @@ class Session:
             save_weights(
                 self.run / BEST_WEIGHTS, average.state_dict(), {"step": str(self.state.step)}
             )
+            save_detector_config(self.run, with_score_thresh(self.detector, result.score_thresh))
             write_validation_pictures(
                 self.run / PICTURE_FOLDER, self.cases.validation, result.results
             )

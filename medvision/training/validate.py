@@ -9,7 +9,13 @@ import numpy as np
 from medvision.detector import DetectorConfig
 from medvision.device import Device
 from medvision.evaluation.case import CaseResult
-from medvision.evaluation.froc import competition_metric, froc_curve, make_table, sensitivity_at
+from medvision.evaluation.froc import (
+    competition_metric,
+    froc_curve,
+    make_table,
+    operating_threshold,
+    sensitivity_at,
+)
 from medvision.evaluation.matching import match_centers
 from medvision.models.retinanet import RetinaNet
 from medvision.predict import find_lesions
@@ -19,12 +25,17 @@ from medvision.training.cache import CachedCase
 
 @dataclass(frozen=True)
 class Validation:
-    """FROC figures over all classes; None where the held-out scans have no lesion."""
+    """FROC figures over all classes; None where the held-out scans have no lesion.
+
+    ``score_thresh`` is the lowest score that lets ``operating_fp_per_scan`` through; None if even the best
+    finding is a false positive too many.
+    """
 
     scans: int
     lesions: int
     cpm: float | None
     sensitivity_at_1_fp: float | None
+    score_thresh: float | None
     results: tuple[CaseResult, ...]
 
 
@@ -49,15 +60,18 @@ def validate(
             CaseResult(case.case_id, findings, case.annotations(), volume.affine, volume.shape)
         )
         on_progress(Progress("validate", number, len(cases), "scans"))
-    curve = froc_curve(make_table([match_centers(result) for result in results]))
+    table = make_table([match_centers(result) for result in results])
+    curve = froc_curve(table)
+    thresh = operating_threshold(table, config.predict.operating_fp_per_scan)
     return Validation(
         scans=len(cases),
         lesions=sum(len(result.lesions) for result in results),
         cpm=_finite(competition_metric(curve)),
         sensitivity_at_1_fp=_finite(float(sensitivity_at(curve, [1.0])[0])),
+        score_thresh=_finite(thresh),
         results=tuple(results),
     )
 
 
 def _finite(value: float) -> float | None:
-    return None if np.isnan(value) else value
+    return float(value) if np.isfinite(value) else None
