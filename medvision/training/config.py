@@ -30,7 +30,7 @@ class SamplingConfig(BaseModel):
     class_balance: float = Field(
         0.7, ge=0, le=1, description="0: lesions as often as they are; 1: classes equally often"
     )
-    pastes: int = Field(2, ge=0, description="lesions of other scans pasted into a crop, at most")
+    pastes: int = Field(1, ge=0, description="lesions of other scans pasted into a crop, at most")
     paste_share: float = Field(
         0.7, ge=0, le=1, description="share of crops into which each of them is pasted"
     )
