@@ -151,9 +151,7 @@ def test_the_same_seed_makes_the_same_voxels(
     again = make_train_case(chest, plan(*nodules), 0, config, FAR)
     assert (again.volume.array == case.volume.array).all()
     assert again.decoys == case.decoys
-    other = make_train_case(
-        chest, plan(*nodules), 0, config.model_copy(update={"seed": 7}), FAR
-    )
+    other = make_train_case(chest, plan(*nodules), 0, config.model_copy(update={"seed": 7}), FAR)
     assert not np.array_equal(other.volume.array, case.volume.array)
 
 

@@ -126,7 +126,7 @@ def test_the_run_folder_alone_predicts_and_holds_no_pickle(data: Path, tmp_path:
     assert config.class_names == tuple(sorted(config.class_names))
     assert json.loads((run / "config.json").read_text())["steps"] == 6
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["kind"] == "validation"
+    assert [line["kind"] for line in lines][-2:] == ["validation", "held out"]
     phantom = make_phantom()
     findings = Predictor(run, "cpu", score_thresh=0.0)(phantom.volume)
     assert findings.shape == phantom.volume.shape

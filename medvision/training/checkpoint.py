@@ -21,7 +21,7 @@ STATE_WEIGHTS = "state-{slot}.safetensors"
 class TrainState:
     """Where a run stands. ``best_score`` is the best validation CPM so far, None before the first.
 
-    ``validations`` counts those done, ``validation_seconds`` is what the last one took.
+    ``validations`` counts those done; the last one was at ``validated_step`` and took ``validation_seconds``.
     """
 
     step: int = 0
@@ -31,6 +31,7 @@ class TrainState:
     finished: bool = False
     skipped_steps: int = 0
     validations: int = 0
+    validated_step: int = -1
     validation_seconds: float = 0.0
     weights_sha256: str = ""
     weights_file: str = ""

@@ -64,7 +64,7 @@ class TrainConfig(BaseModel):
 
     steps: int = Field(1800, ge=1, description="batches to train on")
     max_minutes: float = Field(
-        13.0, ge=0, description="finish in this time even if steps are left; 0: no limit"
+        13.5, ge=0, description="finish in this time even if steps are left; 0: no limit"
     )
     batch_size: int = Field(24, ge=1, description="crops in a batch")
     learning_rate: float = Field(2e-3, gt=0, description="highest rate, AdamW")

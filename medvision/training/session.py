@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import nn
 from medvision.detector import (
     BEST_WEIGHTS,
     DetectorConfig,
+    load_weights,
     save_detector_config,
     save_weights,
     with_score_thresh,
@@ -55,11 +57,10 @@ class Session:
     on_progress: ProgressCallback
     should_stop: StopCallback
     _guard: SkipGuard = field(default_factory=SkipGuard)
-    _last: tuple[int, Validation] | None = None
     _mined: bool = False
 
     def go(self) -> Validation | None:
-        """Train to the end; return the last validation, if scans were held out."""
+        """Train to the end; return what the best weights find in the held-out scans, if there are any."""
         if self.state.finished:
             return None
         _drop_later_records(self.run / METRICS_FILE, self.state.step)
@@ -68,11 +69,12 @@ class Session:
         while not self._until_next_look(dataset, clock):
             continue
         # A time limit, or the mining under it, may end a run between two validations.
-        if self.cases.validation and (self._last is None or self._last[0] != self.state.step):
+        if self.cases.validation and self.state.validated_step != self.state.step:
             self._validate(clock)
+        result = self._judge_best() if self.cases.validation else None
         self.state.finished = True
         self._save()
-        return self._last[1] if self._last else None
+        return result
 
     def _until_next_look(self, dataset: CropSampler, clock: Clock) -> bool:
         """Validate and mine what is due, then train until something is again; True at the end.
@@ -81,7 +83,8 @@ class Session:
         does it again when resumed, with the same weights.
         """
         state = self.state
-        clock.reserved = state.validation_seconds
+        # A validation, and the judging of the best weights, which takes up to four times as long.
+        clock.reserved = 5 * state.validation_seconds
         progress = clock.progress(state.step)
         if self._validation_due(progress):
             self._validate(clock)
@@ -187,17 +190,8 @@ class Session:
         )
         self.state.validations += 1
         self.state.validation_seconds = clock.seconds - started
-        self._record(
-            {
-                "kind": "validation",
-                "scans": result.scans,
-                "lesions": result.lesions,
-                "cpm": result.cpm,
-                "sensitivity_at_1_fp": result.sensitivity_at_1_fp,
-                "score_thresh": result.score_thresh,
-            }
-        )
-        self._last = (self.state.step, result)
+        self.state.validated_step = self.state.step
+        self._record_validation("validation", result)
         # Later weights win a tie: they have seen more.
         score = result.cpm if result.cpm is not None else 0.0
         if self.state.best_score is None or score >= self.state.best_score:
@@ -205,10 +199,42 @@ class Session:
             save_weights(
                 self.run / BEST_WEIGHTS, average.state_dict(), {"step": str(self.state.step)}
             )
-            save_detector_config(self.run, with_score_thresh(self.detector, result.score_thresh))
-            write_validation_pictures(
-                self.run / PICTURE_FOLDER, self.cases.validation, result.results
-            )
+            self._show(result)
+
+    def _judge_best(self) -> Validation:
+        """Let the best weights predict the held-out scans as they will be used, mirror images and all.
+
+        This sets the lowest score of a finding: without mirror images the scores are higher.
+        """
+        network = copy.deepcopy(_as_retinanet(self.trainer.average))
+        network.load_state_dict(load_weights(self.run / BEST_WEIGHTS)[0])
+        result = validate(
+            network,
+            self.detector,
+            self.cases.validation,
+            self.trainer.device,
+            self._tell_and_stop,
+            as_predicted=True,
+        )
+        self._record_validation("held out", result)
+        self._show(result)
+        return result
+
+    def _record_validation(self, kind: str, result: Validation) -> None:
+        self._record(
+            {
+                "kind": kind,
+                "scans": result.scans,
+                "lesions": result.lesions,
+                "cpm": result.cpm,
+                "sensitivity_at_1_fp": result.sensitivity_at_1_fp,
+                "score_thresh": result.score_thresh,
+            }
+        )
+
+    def _show(self, result: Validation) -> None:
+        save_detector_config(self.run, with_score_thresh(self.detector, result.score_thresh))
+        write_validation_pictures(self.run / PICTURE_FOLDER, self.cases.validation, result.results)
 
 
 def _drop_later_records(path: Path, step: int) -> None:

@@ -149,7 +149,7 @@ def _train(
         validation_scans=len(cases.validation),
         lesions=count_lesions(cases.training),
         left_out=cases.left_out,
-        validation_cpm=state.best_score,
+        validation_cpm=last.cpm if last else None,
         validation_sensitivity_at_1_fp=last.sensitivity_at_1_fp if last else None,
         best_step=state.best_step,
         skipped_steps=state.skipped_steps,
