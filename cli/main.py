@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from medvision._version import __version__
-from medvision.cli import doctor, predict, report, sample, train
+from medvision.cli import doctor, export, predict, report, sample, train
 from medvision.cli.options import Debug, Json, Quiet, epilog
 from medvision.cli.session import Session
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command(name="sample", epilog=sample.EPILOG)(sample.sample)
 app.command(name="train", epilog=train.EPILOG)(train.train)
 app.command(name="predict", epilog=predict.EPILOG)(predict.predict)
+app.command(name="export", epilog=export.EPILOG)(export.export)
 app.command(name="report", epilog=report.EPILOG)(report.report)
 app.command(name="doctor", epilog=doctor.EPILOG)(doctor.doctor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,23 +14,40 @@ from medvision.cli.options import (
     Device,
     Json,
     Quiet,
+    check_exists,
     check_holds_scan,
     check_run,
     check_writable,
     epilog,
 )
 from medvision.cli.session import Session
+from medvision.errors import UsageError
 
 EPILOG = epilog(
     "medvision predict runs/nodules data/series -o out",
     "medvision predict runs/nodules scan.nii.gz -o out --score-thresh 0.3",
+    "medvision predict runs/nodules data/series -o out --engine onnx",
 )
 _LISTED_FAILURES = 10
 
 
+class Engine(StrEnum):
+    """What runs the network."""
+
+    torch = "torch"
+    onnx = "onnx"
+
+
 def predict(
     context: typer.Context,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that medvision train wrote.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="Folder that medvision train wrote; with --engine onnx also a file that "
+            "medvision export wrote.",
+        ),
+    ],
     scans: Annotated[
         Path,
         typer.Argument(
@@ -57,6 +75,12 @@ def predict(
         ),
     ] = None,
     device: Device = "auto",
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="What runs the network: torch, or onnx for RUN/model.onnx in ONNX Runtime."
+        ),
+    ] = Engine.torch,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Compute again what OUT holds already.")
     ] = False,
@@ -71,7 +95,7 @@ def predict(
     """
     session: Session = context.obj
     session.start(json=json, quiet=quiet, debug=debug)
-    check_run(run)
+    _check_engine(run, engine)
     check_holds_scan(scans)
     check_writable(out)
     session.log_in(out)
@@ -88,6 +112,7 @@ def predict(
             on_progress=on_progress,
             should_stop=should_stop,
             overwrite=overwrite,
+            **({} if engine is Engine.torch else {"engine": engine.value}),
         )
     done, kept, failed = (batch.with_status(status) for status in ("done", "kept", "failed"))
     for one in failed[:_LISTED_FAILURES]:
@@ -111,3 +136,16 @@ def predict(
         {"summary": batch, "output": out, "next": following if usable else None},
         exit_code=(4 if usable else 3) if failed else 0,
     )
+
+
+def _check_engine(run: Path, engine: Engine) -> None:
+    """Raise UsageError if ``run`` is nothing that the engine runs, or the engine is not installed."""
+    if engine is Engine.torch:
+        if run.suffix == ".onnx" and run.is_file():
+            raise UsageError("This is an exported model.", where=run, do="Pass --engine onnx.")
+        check_run(run)
+        return
+    check_exists(run, "The run folder or exported file")
+    from medvision.export.engines import check_run as check_engine
+
+    check_engine(run, engine.value)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medvision.cli.options import check_exists
 from medvision.errors import UsageError
+from medvision.training.settings_help import given_names, setting_names, suggestion
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from medvision.training.config import TrainConfig
 
 
@@ -23,26 +21,33 @@ def build_config(
 
     UsageError names the setting that is wrong.
     """
+    return resolve_config(file, settings, options)[0]
+
+
+def resolve_config(
+    file: Path | None, settings: list[str], options: Mapping[str, object]
+) -> tuple[TrainConfig, dict[str, str]]:
+    """Return what :func:`build_config` does, and the source of every setting that is no default.
+
+    A source is the file's path, ``--set`` or the option, such as ``--max-minutes``. ``options`` may have
+    dotted names; that of ``model.name`` is ``--model``.
+    """
     from medvision.training.config import TrainConfig, load_train_config, make_train_config
 
     if file is not None:
         check_exists(file, "The settings file")
     base = load_train_config(file) if file else make_train_config({}, "the defaults")
+    names = setting_names(TrainConfig)
+    pairs = parse_settings(settings, names)
     given = {name: value for name, value in options.items() if value is not None}
-    changes = parse_settings(settings, setting_names(TrainConfig)) | given
-    return make_train_config(merge_settings(base.model_dump(), changes), "--set and other options")
-
-
-def setting_names(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return the names of all settings of a pydantic model; parts are reached with dots."""
-    names = []
-    for name, field in model.model_fields.items():
-        part = field.annotation
-        if isinstance(part, type) and hasattr(part, "model_fields"):
-            names += setting_names(part, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
-    return names
+    # Only what the file itself gives: the defaults of one model are no settings of another.
+    from_file = base.model_dump(exclude_unset=True)
+    changed = merge_settings(from_file, pairs | given)
+    config = make_train_config(changed, "--set and other options")
+    sources = dict.fromkeys(given_names(from_file, names), str(file))
+    sources |= dict.fromkeys(pairs, "--set")
+    sources |= {name: f"--{name.removesuffix('.name').replace('_', '-')}" for name in given}
+    return config, sources
 
 
 def parse_settings(pairs: Iterable[str], known: Iterable[str]) -> dict[str, Any]:
@@ -60,7 +65,7 @@ def parse_settings(pairs: Iterable[str], known: Iterable[str]) -> dict[str, Any]
             raise UsageError("--set takes KEY=VALUE.", where=f"--set {pair}")
         if key not in names:
             raise UsageError(
-                f"There is no setting {key!r}.", where=f"--set {pair}", do=_nearest(key, names)
+                f"There is no setting {key!r}.", where=f"--set {pair}", do=suggestion(key, names)
             )
         try:
             settings[key] = yaml.safe_load(value)
@@ -74,12 +79,5 @@ def merge_settings(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
     merged = dict(values)
     for name, value in changes.items():
         head, dot, rest = name.partition(".")
-        merged[head] = merge_settings(merged[head], {rest: value}) if dot else value
+        merged[head] = merge_settings(merged.get(head, {}), {rest: value}) if dot else value
     return merged
-
-
-def _nearest(key: str, names: list[str]) -> str:
-    # People write the last part alone, so a whole name that ends in it counts as near.
-    ends = [name for name in names if name.rpartition(".")[2] == key]
-    close = ends or difflib.get_close_matches(key, names, n=3)
-    return f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(names)}."

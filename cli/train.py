@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,15 +19,37 @@ from medvision.cli.options import (
     known_device,
 )
 from medvision.cli.session import Session
-from medvision.cli.settings import build_config
+from medvision.cli.settings import resolve_config
+
+if TYPE_CHECKING:
+    from medvision.training.config import TrainConfig
 
 EPILOG = epilog(
     "medvision train data/train -o runs/nodules",
     "medvision train data/train -o runs/nodules --set sampling.crop_size=128",
     "medvision train data/train -o runs/nodules --resume",
+    "medvision train data/train -o runs/nodules --dry-run",
 )
+
+
+class Model(StrEnum):
+    """Models by the names of medvision.models.family_config, which a help page must not import."""
+
+    retinanet = "retinanet"
+    faster_rcnn = "faster-rcnn"
+    mask_rcnn = "mask-rcnn"
+    retina_unet = "retina-unet"
+    unet = "unet"
+
+
 # As in TrainConfig; written here because a help page must not import it. A test compares them.
-DEFAULTS = {"steps": "1800", "max_minutes": "13.5", "seed": "0", "device": "auto"}
+DEFAULTS = {
+    "model": "retinanet",
+    "steps": "1800",
+    "max_minutes": "13.5",
+    "seed": "0",
+    "device": "auto",
+}
 
 
 def train(
@@ -43,6 +66,10 @@ def train(
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="One setting; may be repeated."),
+    ] = None,
+    model: Annotated[
+        Model | None,
+        typer.Option(help=f"Which network; {DEFAULTS['model']} if not given."),
     ] = None,
     steps: Annotated[
         int | None,
@@ -77,6 +104,14 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted run in RUN.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only say what the run would be: settings and their sources, data, network, "
+            "time and memory. RUN is left as it is.",
+        ),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -92,8 +127,16 @@ def train(
     check_holds_scan(data)
     check_new_run(run, resume=resume)
     check_writable(run)
-    chosen = {"steps": steps, "max_minutes": max_minutes, "seed": seed, "device": device}
-    train_config = build_config(config, settings or [], chosen)
+    chosen = {
+        "model.name": model.value if model else None,
+        "steps": steps,
+        "max_minutes": max_minutes,
+        "seed": seed,
+        "device": device,
+    }
+    train_config, sources = resolve_config(config, settings or [], chosen)
+    if dry_run:
+        return _dry_run(session, data, train_config, sources)
     session.log_in(run)
     from medvision.training.train import train as train_model
 
@@ -119,6 +162,24 @@ def train(
             "next": following,
         },
         {"summary": done, "output": run, "next": following},
+    )
+
+
+def _dry_run(session: Session, data: Path, config: TrainConfig, sources: dict[str, str]) -> None:
+    from medvision.cli.dry_run import print_dry_run
+    from medvision.training.dry_run import dry_run
+    from medvision.training.settings_help import settings_schema
+
+    with session.work() as (on_progress, should_stop):
+        found = dry_run(data, config, sources, on_progress=on_progress, should_stop=should_stop)
+    if not session.json:
+        print_dry_run(found)
+    for case_id, reason in found.left_out:
+        session.log(f"left out {case_id}: {reason}")
+    session.finish(
+        "Nothing was written: this was a dry run",
+        {"next": "the same command without --dry-run"},
+        {"dry_run": found, "settings_schema": settings_schema(type(config))},
     )
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from medvision.datasets.discover import find_dataset_scans
-from medvision.detector import load_detector_config, weights_path
 from medvision.errors import InputError, Interrupted, MedvisionError, ResourceError
+from medvision.export.engines import check_run, load_predictor
 from medvision.files import atomic_write_text
 from medvision.findings.finding import ScanFindings
 from medvision.outputs.case_folder import SUMMARY_FILE, count_kept, folder_name, write_case_folder
@@ -80,6 +80,7 @@ def predict_scans(
     series: str | int | None = None,
     device: str = "auto",
     score_thresh: float | None = None,
+    engine: str = "torch",
     overwrite: bool = False,
     on_progress: ProgressCallback = ignore_progress,
     should_stop: StopCallback = never_stop,
@@ -91,13 +92,12 @@ def predict_scans(
     before the search and loaded after it. Raises UsageError for a path or run that is not there,
     InputError if there is no scan or no such series.
     """
-    config = load_detector_config(run)
-    weights_path(run)
+    config = check_run(run, engine)
     config_sha256 = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
     on_progress(Progress("find scans", 0, 0, "scans"))
     references, skipped = find_dataset_scans(Path(inputs))
     references = _choose(references, series, inputs)
-    predictor = _load_predictor(run, device, score_thresh)
+    predictor = load_predictor(run, engine, device, score_thresh)
     return predict_references(
         predictor,
         references,
@@ -214,12 +214,6 @@ class _Work:
         found = self.predictor(volume, case_id=reference.case_id, on_progress=self.on_progress)
         write_case_folder(self.out / name, volume, found, source, self.window_hu)
         return len(found.findings), len(found.candidates)
-
-
-def _load_predictor(run: Path, device: str, score_thresh: float | None) -> Any:
-    from medvision.predict import Predictor
-
-    return Predictor(run, device=device, score_thresh=score_thresh)
 
 
 def _choose(

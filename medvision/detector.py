@@ -13,13 +13,11 @@ from medvision._version import __version__
 from medvision.errors import InputError, UsageError
 from medvision.files import atomic_path, atomic_write_text, sha256_of
 from medvision.findings.config import PredictConfig
-from medvision.models.config import RetinaNetConfig
+from medvision.models.family_config import ModelConfig
 from medvision.stacks.config import StackConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from medvision.models.retinanet import RetinaNet
+    from torch import Tensor, nn
 
 DETECTOR_FILE = "detector.json"
 BEST_WEIGHTS = "best.safetensors"
@@ -35,7 +33,7 @@ class DetectorConfig(BaseModel):
     class_names: tuple[str, ...] = Field(min_length=1)
     modality: str = Field("", description="modality of the training scans; empty: not known")
     stack: StackConfig
-    model: RetinaNetConfig
+    model: ModelConfig
     predict: PredictConfig
 
     @property
@@ -123,16 +121,16 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
-def load_detector(run: Path) -> tuple[RetinaNet, DetectorConfig, dict[str, str]]:
+def load_detector(run: Path) -> tuple[nn.Module, DetectorConfig, dict[str, str]]:
     """Return the network with its weights, its settings, and what names it in every output.
 
     The names are ``run`` (the folder's name), ``weights_sha256`` and ``medvision_version``.
     """
-    from medvision.models.retinanet import build_retinanet
+    from medvision.models.family import build_model
 
     config = load_detector_config(run)
     path = weights_path(run)
-    network = build_retinanet(config.model, config.stack.n_slices, len(config.class_names))
+    network = build_model(config.model, config.stack.n_slices, len(config.class_names))
     tensors, _ = load_weights(path)
     try:
         network.load_state_dict(tensors)

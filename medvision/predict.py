@@ -8,18 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from medvision.detector import DetectorConfig, load_detector, with_score_thresh
 from medvision.device import Device, choose_device
 from medvision.errors import InputError
 from medvision.findings.assemble import make_finding
+from medvision.findings.components import ProbabilityVolume, find_components_as_findings
 from medvision.findings.config import PredictConfig
 from medvision.findings.finding import Finding, ScanFindings
 from medvision.findings.merge import SliceDetections, link_slices
+from medvision.findings.outline import Outline
 from medvision.geometry import Box
-from medvision.models.flips import detect_with_flips
-from medvision.models.postprocess import select_detections
-from medvision.models.retinanet import RetinaNet
+from medvision.models.family import detect, segment
 from medvision.progress import Progress, ProgressCallback, ignore_progress
 from medvision.scans.volume import Volume
 from medvision.stacks.crops import body_box, crop_padded
@@ -80,7 +81,7 @@ class Predictor:
 
 def find_lesions(
     volume: Volume,
-    network: RetinaNet,
+    network: nn.Module,
     config: DetectorConfig,
     device: Device,
     on_progress: ProgressCallback = ignore_progress,
@@ -88,17 +89,21 @@ def find_lesions(
     """Return findings and candidates by falling score, boxes in the volume's own voxel edges."""
     seen = resample_inplane(volume, config.pixel_mm)
     window = body_box(seen.array, volume.source.modality or config.modality)
+    lowest = min(config.predict.candidate_thresh, config.predict.score_thresh)
+    if config.model.name == "unet":
+        return find_components_as_findings(
+            segment_slices(seen, window, network, config, device, on_progress),
+            config.predict.components,
+            config.class_names,
+            volume.shape,
+            volume.affine,
+            lowest_score=lowest,
+            most=config.predict.findings_per_scan,
+        )
     detections = detect_slices(seen, window, network, config, device, on_progress)
-    scale = np.array([volume.shape[2] / seen.shape[2], volume.shape[1] / seen.shape[1]] * 2)
-    detections = SliceDetections(
-        detections.slice_index,
-        detections.boxes * scale,
-        detections.scores,
-        detections.class_probabilities,
-    )
+    detections = detections.scaled(volume.shape[1] / seen.shape[1], volume.shape[2] / seen.shape[2])
     depth = score_depth(volume, config.predict)
     lesions = link_slices(detections, config.predict, depth)[: config.predict.findings_per_scan]
-    lowest = min(config.predict.candidate_thresh, config.predict.score_thresh)
     kept = [lesion for lesion in lesions if lesion.score >= lowest]
     return tuple(
         make_finding(number, lesion, detections, config.class_names, volume.shape, volume.affine)
@@ -115,7 +120,7 @@ def score_depth(volume: Volume, config: PredictConfig) -> int:
 def detect_slices(
     volume: Volume,
     window: Box,
-    network: RetinaNet,
+    network: nn.Module,
     config: DetectorConfig,
     device: Device,
     on_progress: ProgressCallback = ignore_progress,
@@ -126,33 +131,80 @@ def detect_slices(
     top, left = int(window.row_min), int(window.column_min)
     corner = np.array([left, top, left, top])
     slices, boxes, scores, probabilities = [], [], [], []
+    outlines: list[Outline] = []
     settings = config.predict
     planes = range(0, volume.shape[0], every)
-    for numbers, batch in _stack_batches(volume, window, planes, network.strides[-1], config):
+    for numbers, batch in _stack_batches(volume, window, planes, config):
         images = torch.from_numpy(batch).to(device.torch_device, memory_format=torch.channels_last)
         with device.autocast():
-            raw = detect_with_flips(network, images) if settings.flips else network(images)
-        selected = select_detections(
-            raw,
-            score_thresh=settings.box_score_thresh,
-            nms_thresh=settings.nms_thresh,
-            detections_per_img=settings.detections_per_img,
-        )
+            selected = detect(
+                network,
+                images,
+                flips=settings.flips,
+                score_thresh=settings.box_score_thresh,
+                nms_thresh=settings.nms_thresh,
+                detections_per_img=settings.detections_per_img,
+            )
         for index, found in zip(numbers, selected, strict=True):
             slices.append(np.full(len(found["scores"]), index, dtype=np.int64))
             boxes.append(found["boxes"].cpu().double().numpy() + corner)
             scores.append(found["scores"].cpu().double().numpy())
             probabilities.append(found["class_probabilities"].cpu().double().numpy())
+            if "masks" in found:
+                outlines += _outlines(found["boxes"], found["masks"], top, left)
         on_progress(Progress("predict", numbers[-1] + 1, volume.shape[0], "slices"))
     return SliceDetections(
-        *(np.concatenate(part) for part in (slices, boxes, scores, probabilities))
+        np.concatenate(slices),
+        np.concatenate(boxes),
+        np.concatenate(scores),
+        np.concatenate(probabilities),
+        tuple(outlines),
     )
 
 
+def _outlines(boxes: Tensor, masks: Tensor, top: int, left: int) -> Iterator[Outline]:
+    """Cut each mask ``[row, column]`` of a window at (``top``, ``left``) to its box."""
+    for box, mask in zip(boxes.cpu().numpy(), masks.cpu().numpy(), strict=True):
+        x1, y1 = np.floor(box[:2]).clip(0).astype(int)
+        x2, y2 = np.ceil(box[2:]).clip(0).astype(int)
+        yield Outline(mask[y1:y2, x1:x2], float(y1 + top), float(x1 + left))
+
+
+@torch.inference_mode()
+def segment_slices(
+    volume: Volume,
+    window: Box,
+    network: nn.Module,
+    config: DetectorConfig,
+    device: Device,
+    on_progress: ProgressCallback = ignore_progress,
+) -> ProbabilityVolume:
+    """Run a segmentation network over all slices of ``window``."""
+    network.eval()
+    slices, rows, columns = (axis.stop - axis.start for axis in window.slices)
+    lesion = np.zeros((slices, rows, columns), dtype=np.float32)
+    # Half the memory is enough for what only decides which class is likeliest.
+    classes = np.zeros((len(config.class_names), slices, rows, columns), dtype=np.float16)
+    for numbers, batch in _stack_batches(volume, window, range(slices), config):
+        images = torch.from_numpy(batch).to(device.torch_device, memory_format=torch.channels_last)
+        with device.autocast():
+            probabilities = segment(network, images, flips=config.predict.flips)
+        found = probabilities[:, :, :rows, :columns].cpu().numpy()
+        lesion[numbers.start : numbers.stop] = 1 - found[:, 0]
+        classes[:, numbers.start : numbers.stop] = found[:, 1:].swapaxes(0, 1)
+        on_progress(Progress("predict", numbers[-1] + 1, slices, "slices"))
+    corner = (int(window.row_min), int(window.column_min))
+    return ProbabilityVolume(lesion, classes, corner, volume.shape[1:])
+
+
 def _stack_batches(
-    volume: Volume, window: Box, planes: range, stride: int, config: DetectorConfig
+    volume: Volume, window: Box, planes: range, config: DetectorConfig
 ) -> Iterator[tuple[range, NDArray[np.float32]]]:
-    """Yield slice numbers and their ``[batch, channel, row, column]`` in 0..1, padded to ``stride``."""
+    """Yield slice numbers and their ``[batch, channel, row, column]`` in 0..1.
+
+    Rows and columns are padded to multiples of the model's coarsest stride.
+    """
+    stride = config.model.strides[-1]
     limits = window_limits(volume.array, config.stack.window_hu)
     spacing = volume.spacing_mm[0]
     offsets = stack_offsets(config.stack.n_slices, config.stack.slice_offset_mm, spacing)

@@ -197,16 +197,15 @@ def test_progress_counts_the_scans(scans, tmp_path):
 def fake_run(monkeypatch):
     made = []
 
-    def load(run, device, score_thresh):
-        made.append((run, device, score_thresh))
+    def load(run, engine, device, score_thresh):
+        made.append((run, engine, device, score_thresh))
         return FakePredictor()
 
-    monkeypatch.setattr(batch, "_load_predictor", load)
+    monkeypatch.setattr(batch, "load_predictor", load)
     config = SimpleNamespace(
         stack=SimpleNamespace(window_hu=(-1000.0, 400.0)), model_dump_json=lambda: "{}"
     )
-    monkeypatch.setattr(batch, "load_detector_config", lambda run: config)
-    monkeypatch.setattr(batch, "weights_path", lambda run: None)
+    monkeypatch.setattr(batch, "check_run", lambda run, engine: config)
     return made
 
 
@@ -217,10 +216,10 @@ def test_predict_scans_searches_then_loads_then_predicts(tmp_path, fake_run):
         Path("run"), tmp_path / "data", tmp_path / "out", device="cpu", score_thresh=0.3
     )
     assert statuses(summary) == {"a": "done", "b": "done"}
-    assert fake_run == [(Path("run"), "cpu", 0.3)]
+    assert fake_run == [(Path("run"), "torch", "cpu", 0.3)]
     source = json.loads((tmp_path / "out" / "a" / "source.json").read_text())
     assert source["settings"]["score_thresh"] == 0.3
-    config = batch.load_detector_config(Path("run"))
+    config = batch.check_run(Path("run"), "torch")
     config.model_dump_json = lambda: '{"nms_thresh": 0.5}'
     again = predict_scans(
         Path("run"), tmp_path / "data", tmp_path / "out", device="cpu", score_thresh=0.3

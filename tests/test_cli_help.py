@@ -11,7 +11,7 @@ import pytest
 from medvision import __version__
 from medvision.cli.errors import EXIT_CODES
 from medvision.cli.main import main
-from medvision.cli.train import DEFAULTS
+from medvision.cli.train import DEFAULTS, Model
 
 COMMANDS = ("sample", "train", "predict", "report", "doctor")
 PAGES = [["--help"], *([command, "--help"] for command in COMMANDS)]
@@ -65,9 +65,21 @@ def test_examples_in_help_are_commands_that_parse() -> None:
 def test_defaults_in_the_help_of_train_are_those_of_the_settings() -> None:
     from medvision.training.config import TrainConfig
 
+    settings = TrainConfig()
     for name, text in DEFAULTS.items():
-        default = TrainConfig.model_fields[name].default
-        assert f"{default:g}" if isinstance(default, float) else str(default) == text
+        default = settings.model.name if name == "model" else getattr(settings, name)
+        assert (f"{default:g}" if isinstance(default, float) else str(default)) == text
+
+
+def test_every_model_of_the_family_can_be_asked_for() -> None:
+    from medvision.models.family import BUILDERS, CRITERIA
+    from medvision.models.family_config import MODEL_CONFIGS
+
+    names = [model.value for model in Model]
+    assert names == list(MODEL_CONFIGS)
+    assert set(names) == set(BUILDERS) == set(CRITERIA)
+    for name, config in MODEL_CONFIGS.items():
+        assert config().name == name  # type: ignore[attr-defined]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

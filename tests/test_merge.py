@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvision.findings.assemble import ellipse_mask, make_finding
+from medvision.findings.assemble import finding_mask, make_finding
 from medvision.findings.config import PredictConfig
 from medvision.findings.finding import SliceBox
 from medvision.findings.merge import SliceDetections, link_slices, pairwise_iou
@@ -133,8 +133,8 @@ def test_a_box_over_the_edge_is_clipped_and_one_outside_keeps_a_pixel() -> None:
     assert (box.column_min, box.column_max) == (0, 1)
 
 
-def test_ellipse_mask_fills_bridged_slices() -> None:
+def test_finding_mask_fills_bridged_slices() -> None:
     boxes = (SliceBox(2, 0, 0, 6, 6, 0.9), SliceBox(4, 1, 1, 4, 4, 0.8))
-    mask = ellipse_mask(boxes, Box(2, 0, 0, 5, 6, 6))
+    mask = finding_mask(boxes, Box(2, 0, 0, 5, 6, 6))
     assert mask.shape == (3, 6, 6)
     assert mask.any(axis=(1, 2)).all()

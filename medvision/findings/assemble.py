@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from medvision.findings.finding import Finding, SliceBox
 from medvision.findings.measure import ellipse_in_box, mask_diameter_mm, mask_volume_mm3
 from medvision.findings.merge import LinkedLesion, SliceDetections
+from medvision.findings.outline import Outline
 from medvision.geometry import Affine, Box, box_to_patient, index_to_patient
 
 
@@ -22,14 +25,16 @@ def make_finding(
     """Turn one linked lesion into a finding of a scan of ``shape`` and ``affine``.
 
     The class is that of the mean class probabilities, weighted by score. The centre is the
-    mean of the slice boxes' centres, weighted by score and area. The mask is an ellipse in each box.
+    mean of the slice boxes' centres, weighted by score and area. The mask is what the model drew in each
+    box; where it drew nothing, an ellipse.
     """
     rows = lesion.members
     scores = detections.scores[rows]
     probabilities = np.average(detections.class_probabilities[rows], axis=0, weights=scores)
     slice_boxes = tuple(_slice_box(row, detections, shape) for row in rows)
     box = _enclosing_box(slice_boxes).clip(shape)
-    mask = ellipse_mask(slice_boxes, box)
+    drawn = [detections.outlines[row] for row in rows] if detections.outlines else []
+    mask = finding_mask(slice_boxes, box, drawn)
     return Finding(
         finding_id=finding_id,
         class_name=class_names[int(probabilities.argmax())],
@@ -91,16 +96,26 @@ def _center_mm(slice_boxes: tuple[SliceBox, ...], affine: Affine) -> tuple[float
     return (x, y, z)
 
 
-def ellipse_mask(slice_boxes: tuple[SliceBox, ...], box: Box) -> NDArray[np.bool_]:
-    """Return the mask that fills ``box.slices``: in each slice the ellipse that its box encloses.
+def finding_mask(
+    slice_boxes: tuple[SliceBox, ...], box: Box, outlines: Sequence[Outline] = ()
+) -> NDArray[np.bool_]:
+    """Return the mask that fills ``box.slices``: in each slice the outline, or the ellipse in its box.
 
-    Slices that the finding bridges without a box take the nearest one's.
+    Slices that the finding bridges without a box take the nearest one's. An outline that holds no pixel is
+    none: a finding without a voxel could not be seen in the label volume.
     """
     planes, rows, columns = box.slices
     size = (rows.stop - rows.start, columns.stop - columns.start)
     mask = np.zeros((planes.stop - planes.start, *size), dtype=bool)
     for number, plane in enumerate(range(planes.start, planes.stop)):
-        item = min(slice_boxes, key=lambda candidate: abs(candidate.slice_index - plane))
+        nearest = min(
+            range(len(slice_boxes)), key=lambda index: abs(slice_boxes[index].slice_index - plane)
+        )
+        if outlines:
+            mask[number] = outlines[nearest].on_grid(size, rows.start, columns.start)
+        if mask[number].any():
+            continue
+        item = slice_boxes[nearest]
         mask[number] = ellipse_in_box(
             size,
             item.row_min - rows.start,

@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
+
+
+class ComponentsConfig(BaseModel):
+    """Which voxels are lesion and which of them are one lesion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    threshold: float = Field(0.2, gt=0, le=1, description="lowest probability of a lesion's voxel")
+    seed_threshold: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability that a lesion reaches somewhere (hysteresis); 0: none",
+    )
+    peak_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="lowest probability of a lesion's voxel, relative to its highest",
+    )
+    connectivity: Literal[6, 18, 26] = Field(
+        18, description="neighbours of a voxel: by faces, also edges, also corners"
+    )
+    least_voxels: int = Field(1, ge=1, description="voxels that a lesion has at least")
 
 
 class PredictConfig(BaseModel):
@@ -40,3 +66,4 @@ class PredictConfig(BaseModel):
     findings_per_scan: int = Field(
         100, ge=1, description="most findings and candidates listed for a scan"
     )
+    components: ComponentsConfig = ComponentsConfig()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medvision.findings.config import PredictConfig
+from medvision.findings.outline import Outline
 
 
 @dataclass(frozen=True)
@@ -15,13 +16,23 @@ class SliceDetections:
     """The detector's boxes of all slices of one scan, in pixel edges of the scan.
 
     ``boxes`` is ``[n, 4]`` x1, y1, x2, y2 (x = column), ``slice_index``, ``scores`` ``[n]``,
-    ``class_probabilities`` ``[n, classes]``.
+    ``class_probabilities`` ``[n, classes]``. ``outlines`` has one for each box, or is empty for a model
+    that draws none.
     """
 
     slice_index: NDArray[np.int64]
     boxes: NDArray[np.float64]
     scores: NDArray[np.float64]
     class_probabilities: NDArray[np.float64]
+    outlines: tuple[Outline, ...] = ()
+
+    def scaled(self, height: float, width: float) -> SliceDetections:
+        """Return them on slices with ``height`` times as many rows and ``width`` as many columns."""
+        return replace(
+            self,
+            boxes=self.boxes * np.array([width, height, width, height]),
+            outlines=tuple(outline.scaled(height, width) for outline in self.outlines),
+        )
 
 
 @dataclass(frozen=True)

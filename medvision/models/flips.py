@@ -21,11 +21,13 @@ def detect_with_flips(network: RetinaNet, images: Tensor) -> RawDetections:
     for axes in MIRRORED_AXES:
         mirrored = images.flip(axes) if axes else images
         views.append(_mirrored_back(network(mirrored), network.strides, images, axes))
+    segmented = [view.segmentation_logits for view in views if view.segmentation_logits is not None]
     return RawDetections(
         torch.stack([view.lesion_logits for view in views]).mean(dim=0),
         torch.stack([view.class_logits for view in views]).mean(dim=0),
         torch.stack([view.boxes for view in views]).mean(dim=0),
         views[0].anchors,
+        segmentation_logits=torch.stack(segmented).mean(dim=0) if segmented else None,
     )
 
 
@@ -46,7 +48,12 @@ def _mirrored_back(
     sizes = [(images.shape[-2] // stride, images.shape[-1] // stride) for stride in strides]
     parts = (raw.lesion_logits[..., None], raw.class_logits, boxes)
     lesion, classes, placed = (_mirror_levels(part, raw.anchors, sizes, axes) for part in parts)
-    return RawDetections(lesion[..., 0], classes, placed, raw.anchors)
+    segmented = raw.segmentation_logits
+    if segmented is not None:
+        segmented = segmented.flip(axes)
+    return RawDetections(
+        lesion[..., 0], classes, placed, raw.anchors, segmentation_logits=segmented
+    )
 
 
 def _mirror_levels(

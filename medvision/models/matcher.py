@@ -1,4 +1,4 @@
-"""Which anchors stand for which lesion: adaptive training sample selection (ATSS)."""
+"""Which anchors stand for which lesion: adaptive training sample selection (ATSS) or IoU thresholds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from torchvision.ops import box_iou
 
 BACKGROUND = -1
 IGNORED = -2
+
+_NEAREST = 9
+"""Anchors a level in reach of a lesion that the IoU matcher left without one."""
 
 
 def match_atss(anchors: list[Tensor], boxes: Tensor, candidates: int) -> Tensor:
@@ -35,6 +38,37 @@ def match_atss(anchors: list[Tensor], boxes: Tensor, candidates: int) -> Tensor:
     positive[best, torch.arange(len(boxes), device=boxes.device)] = True
     matched = _resolve(overlaps, chosen, positive, matched)
     return _serve_left_out(overlaps, chosen, matched)
+
+
+def match_iou(
+    anchors: list[Tensor],
+    boxes: Tensor,
+    fg_iou_thresh: float,
+    bg_iou_thresh: float,
+    low_quality_matches: bool = True,
+) -> Tensor:
+    """Return for each anchor of all levels the index of its box, BACKGROUND or IGNORED.
+
+    An anchor belongs to the box it overlaps most: positive from an IoU of ``fg_iou_thresh``, background under
+    ``bg_iou_thresh``, ignored in between (Ren et al., Faster R-CNN, NeurIPS 2015; 0.5 and 0.4 in RetinaNet).
+    With ``low_quality_matches`` an anchor that some box overlaps most is positive whatever the IoU, and a
+    box that still has none gets a near one: a lesion of a few pixels reaches 0.5 with no anchor.
+    ``boxes`` is ``[n, 4]`` x1, y1, x2, y2.
+    """
+    everything = torch.cat(anchors)
+    if len(boxes) == 0:
+        return boxes.new_full((len(everything),), BACKGROUND, dtype=torch.long)
+    overlaps = box_iou(everything, boxes)  # [anchors, boxes]
+    overlap, nearest = overlaps.max(dim=1)
+    matched = torch.where(overlap < bg_iou_thresh, BACKGROUND, IGNORED)
+    matched = torch.where(overlap >= fg_iou_thresh, nearest, matched)
+    if not low_quality_matches:
+        return matched
+    highest = overlaps.max(dim=0).values
+    # Without the second condition a box that no anchor meets would claim all anchors that meet nothing.
+    best = ((overlaps == highest) & (highest > 0)).any(dim=1)
+    matched = torch.where(best, nearest, matched)
+    return _serve_left_out(overlaps, _candidates(anchors, boxes, _NEAREST), matched)
 
 
 def _candidates(anchors: list[Tensor], boxes: Tensor, count: int) -> Tensor:
@@ -70,10 +104,11 @@ def _serve_left_out(overlaps: Tensor, chosen: Tensor, matched: Tensor) -> Tensor
         anchors = chosen[:, box]
         for anchor in anchors[overlaps[anchors, box].argsort(descending=True)].tolist():
             owner = int(matched[anchor])
-            if owner == BACKGROUND or counts[owner] > 1:
+            free = owner in (BACKGROUND, IGNORED)
+            if free or counts[owner] > 1:
                 matched[anchor] = box
                 counts[box] += 1
-                if owner != BACKGROUND:
+                if not free:
                     counts[owner] -= 1
                 break
     return matched

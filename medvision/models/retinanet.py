@@ -25,6 +25,8 @@ class RawDetections(NamedTuple):
     class_logits: Tensor  # [batch, anchors, classes]: of which class, if it is one
     boxes: Tensor  # [batch, anchors, 4]: x1, y1, x2, y2 in pixels
     anchors: list[Tensor]  # one [anchors of the level, 4] a level
+    deltas: Tensor | None = None  # [batch, anchors, 4]: as box_coder has them; None in a mean
+    segmentation_logits: Tensor | None = None  # [batch, 1 + classes, row, column]: Retina U-Net's
 
 
 class RetinaNet(nn.Module):
@@ -49,7 +51,9 @@ class RetinaNet(nn.Module):
         self.backbone = backbone
         self.pyramid = pyramid
         self.head = head
-        self.strides = [stride for stride in backbone.strides if stride >= FINEST_STRIDE]
+        strides = [stride for stride in backbone.strides if stride >= FINEST_STRIDE]
+        self.n_maps = len(strides)
+        self.strides = strides[: pyramid.levels]
         for index, shapes in enumerate(anchor_sizes):
             self.register_buffer(f"anchor_sizes_{index}", torch.tensor(shapes), persistent=False)
 
@@ -58,8 +62,14 @@ class RetinaNet(nn.Module):
 
         Rows and columns must be multiples of the coarsest stride.
         """
-        maps = self.backbone(self.windows(images))[-len(self.strides) :]
-        levels = self.pyramid(maps)
+        return self.judge(self.pyramid_levels(self.backbone(self.windows(images))))
+
+    def pyramid_levels(self, maps: list[Tensor]) -> list[Tensor]:
+        """Take all the backbone's maps, finest first, to the levels that the head sees."""
+        return self.pyramid(maps[-self.n_maps :])
+
+    def judge(self, levels: list[Tensor]) -> RawDetections:
+        """Take pyramid levels ``[batch, channel, row, column]``, finest first, to raw detections."""
         outputs = [self.head(features, index) for index, features in enumerate(levels)]
         lesion, classes, deltas = (
             torch.cat(parts, dim=1).float() for parts in zip(*outputs, strict=True)
@@ -68,9 +78,8 @@ class RetinaNet(nn.Module):
             level_anchors((level.shape[-2], level.shape[-1]), stride, self._shapes(index))
             for index, (level, stride) in enumerate(zip(levels, self.strides, strict=True))
         ]
-        return RawDetections(
-            lesion[..., 0], classes, decode_boxes(deltas, torch.cat(anchors)), anchors
-        )
+        boxes = decode_boxes(deltas, torch.cat(anchors))
+        return RawDetections(lesion[..., 0], classes, boxes, anchors, deltas)
 
     def _shapes(self, level: int) -> Tensor:
         return self.get_buffer(f"anchor_sizes_{level}")
@@ -159,8 +168,11 @@ def _per_anchor(output: Tensor, values: int) -> Tensor:
     return split.permute(0, 3, 4, 1, 2).reshape(batch, -1, values)
 
 
-def build_retinanet(config: RetinaNetConfig, n_slices: int, classes: int) -> RetinaNet:
-    """Assemble the detector that ``config`` describes; its anchor sizes must have been fitted."""
+DetectorParts = tuple[InnerWindows, ResNet, FeaturePyramid, Head]
+
+
+def build_parts(config: RetinaNetConfig, n_slices: int, classes: int) -> DetectorParts:
+    """Make what a RetinaNet is assembled from, in the order in which it draws its first weights."""
     windows = InnerWindows(config.inner_windows)
     in_channels = n_slices * (1 + len(config.inner_windows))
     backbone = ResNet(in_channels, config.blocks, config.width, config.stem_pooling)
@@ -169,8 +181,12 @@ def build_retinanet(config: RetinaNetConfig, n_slices: int, classes: int) -> Ret
         for channels, stride in zip(backbone.channels, backbone.strides, strict=True)
         if stride >= FINEST_STRIDE
     ]
-    pyramid = FeaturePyramid(used, config.pyramid_channels)
-    head = Head(
-        config.pyramid_channels, config.head_depth, len(used), config.anchors_per_level, classes
-    )
-    return RetinaNet(windows, backbone, pyramid, head, config.anchor_sizes)
+    pyramid = FeaturePyramid(used, config.pyramid_channels, config.pyramid)
+    shapes = config.anchors_per_level
+    head = Head(config.pyramid_channels, config.head_depth, pyramid.levels, shapes, classes)
+    return windows, backbone, pyramid, head
+
+
+def build_retinanet(config: RetinaNetConfig, n_slices: int, classes: int) -> RetinaNet:
+    """Assemble the detector that ``config`` describes; its anchor sizes must have been fitted."""
+    return RetinaNet(*build_parts(config, n_slices, classes), config.anchor_sizes)

@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from medvision.errors import UsageError
 from medvision.findings.config import PredictConfig
 from medvision.models.config import RetinaNetConfig
+from medvision.models.family_config import ModelConfig
 from medvision.stacks.augment import AugmentConfig
 from medvision.stacks.config import StackConfig
+from medvision.training.settings_help import unknown_in_file
 
 
 class SamplingConfig(BaseModel):
@@ -81,7 +83,7 @@ class TrainConfig(BaseModel):
     stack: StackConfig = StackConfig()
     sampling: SamplingConfig = SamplingConfig()
     augment: AugmentConfig = AugmentConfig()
-    model: RetinaNetConfig = RetinaNetConfig()
+    model: ModelConfig = RetinaNetConfig()
     predict: PredictConfig = PredictConfig()
 
     @model_validator(mode="after")
@@ -111,18 +113,26 @@ def load_train_config(path: Path) -> TrainConfig:
 
 
 def make_train_config(values: dict[str, Any], where: str) -> TrainConfig:
-    """Check a nested table of settings; UsageError names the first that is wrong and what it takes."""
+    """Check a nested table of settings; UsageError names the first that is wrong and what it takes.
+
+    A name that no setting has is told before any wrong value, with the nearest known name.
+    """
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(_refusal(first), where=where) from error
+        unknown_first = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        what, remedy = _refusal(unknown_first[0])
+        raise UsageError(what, where=where, do=remedy) from error
 
 
-def _refusal(error: Any) -> str:
+def _refusal(error: Any) -> tuple[str, str | None]:
+    """Return a sentence on one of pydantic's errors, and what to do about it if that is known."""
+    if error["type"] == "extra_forbidden":
+        key, remedy = unknown_in_file(error["loc"], TrainConfig)
+        return f"There is no setting {key!r}.", remedy
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "value_error" and isinstance(error.get("input"), dict):
         # A check of several settings together: its sentence names them; all of them would be too much.
         of = f" in {name!r}" if name else ""
-        return f"The settings{of} are refused: {error['ctx']['error']}."
-    return f"Setting {name!r} is refused: {error['msg']}; got {error.get('input')!r}."
+        return f"The settings{of} are refused: {error['ctx']['error']}.", None
+    return f"Setting {name!r} is refused: {error['msg']}; got {error.get('input')!r}.", None

@@ -12,16 +12,17 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from medvision.detector import DetectorConfig, to_json
 from medvision.device import Device
 from medvision.errors import InputError
 from medvision.files import atomic_write_text
+from medvision.findings.finding import Finding
 from medvision.findings.merge import SliceDetections
 from medvision.geometry import Box
 from medvision.labels.annotation import Annotation
-from medvision.models.retinanet import RetinaNet
-from medvision.predict import detect_slices
+from medvision.predict import detect_slices, find_lesions
 from medvision.progress import Progress, ProgressCallback
 from medvision.stacks.crops import body_box
 from medvision.training.cache import CachedCase
@@ -43,7 +44,7 @@ class HardNegative:
 
 
 def find_hard_negatives(
-    network: RetinaNet,
+    network: nn.Module,
     config: DetectorConfig,
     cases: list[CachedCase],
     device: Device,
@@ -52,6 +53,7 @@ def find_hard_negatives(
     """Return the boxes on training scans that touch no lesion and no region to ignore, best first a scan.
 
     Slices ``slice_offset_mm`` to twice that apart are looked at: those between show the same again.
+    A model that draws no boxes is asked for findings, each of which stands for its key slice.
     """
     settings = config.predict.model_copy(
         update={"flips": False, "box_score_thresh": _LEAST_SCORE, "batch_size": 16}
@@ -60,12 +62,25 @@ def find_hard_negatives(
     found = []
     for number, case in enumerate(cases):
         volume = case.volume
-        window = body_box(volume.array, volume.source.modality or config.modality)
-        every = max(1, int(2 * config.stack.slice_offset_mm / volume.spacing_mm[0] + 0.01))
-        boxes = detect_slices(volume, window, network, config, device, every=every)
+        if config.model.name == "unet":
+            boxes = _of_findings(find_lesions(volume, network, config, device))
+        else:
+            window = body_box(volume.array, volume.source.modality or config.modality)
+            every = max(1, int(2 * config.stack.slice_offset_mm / volume.spacing_mm[0] + 0.01))
+            boxes = detect_slices(volume, window, network, config, device, every=every)
         found += _false_ones(number, boxes, case.annotations())
         on_progress(Progress("find hard negatives", number + 1, len(cases), "scans"))
     return found
+
+
+def _of_findings(findings: tuple[Finding, ...]) -> SliceDetections:
+    edges = [(f.box.column_min, f.box.row_min, f.box.column_max, f.box.row_max) for f in findings]
+    return SliceDetections(
+        np.array([finding.key_slice for finding in findings], dtype=np.int64),
+        np.array(edges, dtype=float).reshape(-1, 4),
+        np.array([finding.score for finding in findings], dtype=float),
+        np.ones((len(findings), 1)),
+    )
 
 
 def _false_ones(

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from medvision.device import Device
 from medvision.errors import MedvisionError
-from medvision.models.criterion import Criterion, Target
+from medvision.models.criterion import Target
+from medvision.models.family import forward_training
 from medvision.training.config import TrainConfig
 from medvision.training.samples import Sample, collate
 
@@ -27,7 +28,7 @@ class Trainer:
 
     network: nn.Module
     average: nn.Module
-    criterion: Criterion
+    criterion: nn.Module
     optimizer: torch.optim.Optimizer
     device: Device
     config: TrainConfig
@@ -48,7 +49,7 @@ class Trainer:
         statistics = [value.clone() for value in self.network.buffers()]
         on_device = [_to_device(target, self.device.torch_device) for target in targets]
         with self.device.autocast():
-            raw = self.network(images)
+            raw = forward_training(self.network, images, on_device)
         losses = self.criterion(raw, on_device)
         total = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
@@ -89,11 +90,7 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, progres
 
 
 def _to_device(target: Target, device: torch.device) -> Target:
-    return {
-        "boxes": target["boxes"].to(device),
-        "labels": target["labels"].to(device),
-        "ignored": target["ignored"].to(device),
-    }
+    return {name: value.to(device) for name, value in target.items()}  # type: ignore[return-value,attr-defined]
 
 
 def batches(

@@ -15,8 +15,11 @@ from medvision.datasets.split import split_cases
 from medvision.detector import DetectorConfig
 from medvision.errors import InputError, MedvisionError
 from medvision.geometry import spacing_of
-from medvision.models.anchors import fit_anchor_sizes, shape_iou
-from medvision.models.config import RetinaNetConfig
+from medvision.models.anchors import AnchorSizes, fit_anchor_sizes, shape_iou
+from medvision.models.family_config import ModelConfig
+from medvision.models.roi_levels import fit_level_rule
+from medvision.models.two_stage_config import TwoStageConfig
+from medvision.models.unet_config import UNetConfig
 from medvision.progress import Progress, ProgressCallback
 from medvision.stacks.config import StackConfig
 from medvision.training.cache import CachedCase, cache_case
@@ -141,15 +144,7 @@ def slice_box_sizes(cases: list[CachedCase]) -> NDArray[np.float64]:
 
 def fit_detector(data: TrainingData, config: TrainConfig, pixel_mm: float) -> DetectorConfig:
     """Return the settings of the detector with anchors fitted to the training lesions."""
-    model = config.model
-    if not model.anchor_sizes:
-        strides = model.strides
-        sizes = slice_box_sizes(data.training)
-        fitted = fit_anchor_sizes(
-            sizes, len(strides), model.anchors_per_level, strides, config.seed
-        )
-        model = RetinaNetConfig(**{**model.model_dump(), "anchor_sizes": fitted})
-        _log_coverage(sizes, model)
+    model = fit_model(config.model, slice_box_sizes(data.training), config.seed)
     modalities = Counter(case.modality for case in data.training if case.modality)
     return DetectorConfig(
         class_names=data.class_names,
@@ -160,8 +155,24 @@ def fit_detector(data: TrainingData, config: TrainConfig, pixel_mm: float) -> De
     )
 
 
-def _log_coverage(sizes: NDArray[np.float64], model: RetinaNetConfig) -> None:
-    shapes = np.array([shape for level in model.anchor_sizes for shape in level])
+def fit_model(model: ModelConfig, sizes: NDArray[np.float64], seed: int) -> ModelConfig:
+    """Return ``model`` with what is left open fitted to boxes ``sizes[n, 2]``, width and height in pixels."""
+    if isinstance(model, UNetConfig):
+        return model
+    fitted: dict[str, object] = {}
+    if not model.anchor_sizes:
+        count = len(model.strides)
+        anchors = fit_anchor_sizes(sizes, count, model.anchors_per_level, model.strides, seed)
+        fitted["anchor_sizes"] = anchors
+        _log_coverage(sizes, anchors)
+    if isinstance(model, TwoStageConfig) and model.level_rule.k0 is None:
+        k0, canonical = fit_level_rule(sizes, model.strides)
+        fitted["level_rule"] = {"k0": k0, "canonical_size": canonical}
+    return type(model).model_validate({**model.model_dump(), **fitted})
+
+
+def _log_coverage(sizes: NDArray[np.float64], anchor_sizes: AnchorSizes) -> None:
+    shapes = np.array([shape for level in anchor_sizes for shape in level])
     best = shape_iou(sizes, shapes).max(axis=1)
     logger.info(
         "Anchors fitted to %d slice boxes: mean best IoU %.2f, lowest %.2f",

@@ -8,8 +8,6 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
-
 from medvision.detector import (
     BEST_WEIGHTS,
     DetectorConfig,
@@ -20,7 +18,7 @@ from medvision.detector import (
 )
 from medvision.errors import Interrupted
 from medvision.files import atomic_write_text
-from medvision.models.retinanet import RetinaNet
+from medvision.models.family import NEED_MASKS
 from medvision.progress import Progress, ProgressCallback, StopCallback
 from medvision.stacks.augment import Augmenter
 from medvision.training.checkpoint import TrainState, save_checkpoint
@@ -127,7 +125,7 @@ class Session:
     def _mine(self) -> None:
         trainer = self.trainer
         found = find_hard_negatives(
-            _as_retinanet(trainer.average),
+            trainer.average,
             self.detector,
             self.cases.training,
             trainer.device,
@@ -145,6 +143,7 @@ class Session:
             self.config.sampling,
             Augmenter(self.config.augment, self.config.sampling.crop_size),
             self.config.seed,
+            masks=self.detector.model.name in NEED_MASKS,
         )
 
     def _tell(self, losses: dict[str, float] | None) -> None:
@@ -183,7 +182,7 @@ class Session:
         )
 
     def _validate(self, clock: Clock) -> None:
-        average = _as_retinanet(self.trainer.average)
+        average = self.trainer.average
         started = clock.seconds
         result = validate(
             average, self.detector, self.cases.validation, self.trainer.device, self._tell_and_stop
@@ -206,7 +205,7 @@ class Session:
 
         This sets the lowest score of a finding: without mirror images the scores are higher.
         """
-        network = copy.deepcopy(_as_retinanet(self.trainer.average))
+        network = copy.deepcopy(self.trainer.average)
         network.load_state_dict(load_weights(self.run / BEST_WEIGHTS)[0])
         result = validate(
             network,
@@ -252,9 +251,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf  # a line cut short by the kill
-
-
-def _as_retinanet(network: nn.Module) -> RetinaNet:
-    if not isinstance(network, RetinaNet):
-        raise TypeError(f"Expected a RetinaNet; got {type(network).__name__}.")
-    return network

@@ -23,8 +23,7 @@ from medvision.detector import (
 from medvision.device import Device, choose_device
 from medvision.errors import InputError, UsageError
 from medvision.files import atomic_write_text
-from medvision.models.criterion import Criterion
-from medvision.models.retinanet import build_retinanet
+from medvision.models.family import build_criterion, build_model
 from medvision.progress import ProgressCallback, StopCallback, ignore_progress, never_stop
 from medvision.training.checkpoint import TrainState, read_state, restore_checkpoint
 from medvision.training.config import TrainConfig
@@ -200,7 +199,7 @@ def make_trainer(
 ) -> Trainer:
     """Build the network, its average, the criterion and the optimizer, from the run's seed."""
     torch.manual_seed(config.seed)
-    network = build_retinanet(detector.model, detector.stack.n_slices, len(detector.class_names))
+    network = build_model(detector.model, detector.stack.n_slices, len(detector.class_names))
     network = network.to(device.torch_device).to(memory_format=torch.channels_last)
     counts = count_lesions(cases.training)
     weights = _class_weights([counts.get(name, 1) for name in detector.class_names])
@@ -217,7 +216,7 @@ def make_trainer(
     return Trainer(
         network=network,
         average=copy.deepcopy(network),
-        criterion=Criterion(detector.model, weights).to(device.torch_device),
+        criterion=build_criterion(detector.model, weights).to(device.torch_device),
         optimizer=optimizer,
         device=device,
         config=config,

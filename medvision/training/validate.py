@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from torch import nn
 
 from medvision.detector import DetectorConfig
 from medvision.device import Device
@@ -17,7 +18,6 @@ from medvision.evaluation.froc import (
     sensitivity_at,
 )
 from medvision.evaluation.matching import match_centers
-from medvision.models.retinanet import RetinaNet
 from medvision.predict import find_lesions
 from medvision.progress import Progress, ProgressCallback
 from medvision.training.cache import CachedCase
@@ -40,7 +40,7 @@ class Validation:
 
 
 def validate(
-    network: RetinaNet,
+    network: nn.Module,
     config: DetectorConfig,
     cases: list[CachedCase],
     device: Device,

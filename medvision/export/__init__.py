@@ -1,0 +1,1 @@
+"""A trained network -> a graph that other programs run, and back into predict."""

@@ -1,0 +1,39 @@
+"""The settings of any model of the family, known by its name; read without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Discriminator, Tag
+
+from medvision.models.config import RetinaNetConfig
+from medvision.models.retina_unet_config import RetinaUNetConfig
+from medvision.models.two_stage_config import FasterRCNNConfig, MaskRCNNConfig
+from medvision.models.unet_config import UNetConfig
+
+DEFAULT_MODEL = "retinanet"
+
+MODEL_CONFIGS: dict[str, type[BaseModel]] = {
+    "retinanet": RetinaNetConfig,
+    "faster-rcnn": FasterRCNNConfig,
+    "mask-rcnn": MaskRCNNConfig,
+    "retina-unet": RetinaUNetConfig,
+    "unet": UNetConfig,
+}
+"""Every model's settings, by the name that ``--model`` takes."""
+
+
+def model_name(value: Any) -> str:
+    """Return the name of a model in its settings, as an object or as a table; retinanet if none is given."""
+    name = value.get("name", DEFAULT_MODEL) if isinstance(value, dict) else value.name
+    return str(name)
+
+
+ModelConfig = Annotated[
+    Annotated[RetinaNetConfig, Tag("retinanet")]
+    | Annotated[FasterRCNNConfig, Tag("faster-rcnn")]
+    | Annotated[MaskRCNNConfig, Tag("mask-rcnn")]
+    | Annotated[RetinaUNetConfig, Tag("retina-unet")]
+    | Annotated[UNetConfig, Tag("unet")],
+    Discriminator(model_name),
+]

@@ -1,0 +1,26 @@
+"""Settings of Retina U-Net; read without torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from medvision.models.config import RetinaNetConfig
+from medvision.models.unet_config import SegmentationLossConfig
+
+
+class RetinaUNetConfig(RetinaNetConfig):
+    """The RetinaNet's settings, and those of the segmentation branch at the top of its pyramid."""
+
+    name: Literal["retina-unet"] = "retina-unet"
+    segmentation_stride: Literal[1, 2] = Field(
+        2, description="stride of the finest segmentation map; it is enlarged to the image's size"
+    )
+    segmentation_channels: int = Field(
+        32, ge=8, description="channels of the segmentation branch, at strides 2 and 1"
+    )
+    segmentation_loss: SegmentationLossConfig = Field(
+        SegmentationLossConfig(dice=0.5, cross_entropy=0.5),
+        description="losses of the segmentation, where there are masks",
+    )

@@ -1,0 +1,143 @@
+"""Every model of the family through files and back: trained a few steps, predicted, evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medvision.detector import load_detector_config
+from medvision.errors import Interrupted
+from medvision.models.family import detect
+from medvision.models.family_config import MODEL_CONFIGS
+from medvision.predict import Predictor
+from medvision.progress import Progress
+from medvision.sample_data.phantoms import make_phantom, write_phantom_dataset
+from medvision.training.config import TrainConfig, make_train_config
+from medvision.training.samples import CropSampler
+from medvision.training.session import Session
+from medvision.training.train import train
+
+SMALL_PARTS: dict[str, dict[str, object]] = {
+    "retinanet": {"width": 8, "pyramid_channels": 8, "head_depth": 1},
+    "faster-rcnn": {"width": 8, "pyramid_channels": 8, "regions": {"width": 16}},
+    "mask-rcnn": {"width": 8, "pyramid_channels": 8, "mask": {"channels": 8, "depth": 1}},
+    "retina-unet": {"width": 8, "pyramid_channels": 8, "segmentation_channels": 8},
+    "unet": {"base_channels": 4, "depth": 3},
+}
+
+
+def small(name: str, **changes: object) -> TrainConfig:
+    values: dict[str, object] = {
+        "steps": 4,
+        "batch_size": 2,
+        "validations": 1,
+        "max_minutes": 0,
+        "precision": "float32",
+        "validation_fraction": 0.3,
+        "stack": {"n_slices": 3},
+        "sampling": {"crop_size": 32},
+        "model": {"name": name, **SMALL_PARTS[name]},
+    }
+    return make_train_config({**values, **changes}, "test")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_phantom_dataset(folder, 5)
+    return folder
+
+
+@pytest.mark.parametrize("name", MODEL_CONFIGS)
+def test_each_model_goes_from_scans_to_findings(data: Path, tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    summary = train(data, run, small(name))
+    assert summary.steps == 4
+    assert load_detector_config(run).model.name == name
+    volume = make_phantom().volume
+    found = Predictor(run, "cpu", score_thresh=0.0)(volume)
+    again = Predictor(run, "cpu", score_thresh=0.0)(volume)
+    assert [item.score for item in found.findings] == [item.score for item in again.findings]
+    for item in found.findings:
+        assert 0 <= item.score <= 1
+        assert item.mask is not None
+        assert item.mask.any()
+        assert sum(item.class_scores.values()) == pytest.approx(item.score, abs=1e-3)
+        assert (item.box.lower >= 0).all()
+        assert (item.box.upper <= np.array(volume.shape)).all()
+
+
+@pytest.mark.parametrize("name", ["mask-rcnn", "unet"])
+def test_each_model_resumes_to_the_same_bits(data: Path, tmp_path: Path, name: str) -> None:
+    train(data, tmp_path / "straight", small(name))
+    seen: list[int] = []
+
+    def note(progress: Progress) -> None:
+        if progress.stage == "train":
+            seen.append(progress.done)
+
+    with pytest.raises(Interrupted):
+        train(
+            data,
+            tmp_path / "stopped",
+            small(name),
+            on_progress=note,
+            should_stop=lambda: 2 if len(seen) >= 2 else None,
+        )
+    train(data, tmp_path / "stopped", small(name), resume=True)
+    first, second = (
+        load_file(tmp_path / run / "last.safetensors") for run in ("straight", "stopped")
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ["faster-rcnn", "mask-rcnn", "retina-unet"])
+def test_mirror_images_and_the_slice_itself_tell_the_same(
+    data: Path, tmp_path: Path, name: str
+) -> None:
+    run = tmp_path / "run"
+    train(data, run, small(name, steps=1))
+    network = Predictor(run, "cpu").network
+    images = torch.rand(2, 3, 48, 64)
+    settings = {"score_thresh": 0.0, "nms_thresh": 0.3, "detections_per_img": 5}
+    with torch.no_grad():
+        there = detect(network, images, flips=True, **settings)  # type: ignore[arg-type]
+        back = detect(network, images.flip((-1,)), flips=True, **settings)  # type: ignore[arg-type]
+    for first, second in zip(there, back, strict=True):
+        torch.testing.assert_close(first["scores"], second["scores"], atol=1e-4, rtol=1e-3)
+        mirrored = second["boxes"][0][[2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1])
+        mirrored = mirrored + torch.tensor([64.0, 0, 64, 0])
+        torch.testing.assert_close(first["boxes"][0], mirrored, atol=0.05, rtol=0)
+        if name != "faster-rcnn":
+            assert first["masks"].shape[1:] == (48, 64)
+
+
+@pytest.mark.parametrize(("name", "outlined"), [("retinanet", False), ("unet", True)])
+def test_only_models_that_draw_are_given_outlines(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, outlined: bool
+) -> None:
+    made: list[CropSampler] = []
+    original = Session._dataset
+
+    def kept(self: Session) -> CropSampler:
+        made.append(original(self))
+        return made[-1]
+
+    monkeypatch.setattr(Session, "_dataset", kept)
+    train(data, tmp_path / "run", small(name, steps=1))
+    targets = [made[0][index].target for index in range(12)]
+    assert all(("masks" in target) is outlined for target in targets)
+    if not outlined:
+        return
+    for target in targets:
+        masks, class_map = target["masks"], target["class_map"]  # type: ignore[typeddict-item]
+        assert len(masks) == len(target["boxes"])
+        for mask, label, box in zip(masks, target["labels"], target["boxes"], strict=True):
+            assert (class_map[mask] == label + 1).all()
+            rows, columns = mask.nonzero(as_tuple=True)
+            edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert torch.stack(edges).tolist() == box.tolist()
