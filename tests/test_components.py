@@ -13,11 +13,11 @@ from scipy import ndimage
 
 from medvision.errors import InputError
 from medvision.findings.components import (
-    ComponentsConfig,
     ProbabilityVolume,
     find_components,
     find_components_as_findings,
 )
+from medvision.findings.config import ComponentsConfig
 from medvision.findings.finding import Finding
 from medvision.geometry import Affine, index_to_patient, make_affine, voxel_volume_mm3
 

@@ -100,7 +100,8 @@ def find_components(
     sizes = np.bincount(numbers, minlength=count + 1)[1:]
     sums = np.bincount(numbers, lesion.ravel()[places].astype(float), count + 1)[1:]
     scores = np.minimum(sums / np.maximum(sizes, 1), 1.0)
-    chosen = (sizes >= config.least_voxels) & (scores >= lowest_score)
+    enough = (sizes >= config.least_voxels) & (scores >= lowest_score)
+    best = [index for index in np.argsort(-scores, kind="stable").tolist() if enough[index]]
     windows = ndimage.find_objects(labels)
     return [
         Component(
@@ -109,9 +110,8 @@ def find_components(
             lesion[windows[index]],
             float(scores[index]),
         )
-        for index in np.argsort(-scores, kind="stable").tolist()
-        if chosen[index]
-    ][:most]
+        for index in best[:most]
+    ]
 
 
 def _above_peak_share(
