@@ -26,7 +26,7 @@ EPILOG = epilog(
     "medvision train data/train -o runs/nodules --resume",
 )
 # As in TrainConfig; written here because a help page must not import it. A test compares them.
-DEFAULTS = {"steps": "1800", "max_minutes": "13.5", "seed": "0", "device": "auto"}
+DEFAULTS = {"steps": "1800", "max_minutes": "14.25", "seed": "0", "device": "auto"}
 
 
 def train(

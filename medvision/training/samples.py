@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from scipy.ndimage import find_objects
 from torch import Tensor
 
 from medvision.models.criterion import Target
-from medvision.stacks.augment import Augmenter, boxes_from_labels
+from medvision.stacks.augment import Augmenter
 from medvision.stacks.config import StackConfig
 from medvision.stacks.crops import crop_padded
 from medvision.stacks.slice_stack import slice_stack, stack_offsets
@@ -21,13 +20,10 @@ from medvision.training.cache import CachedCase
 from medvision.training.config import SamplingConfig
 from medvision.training.hard_negatives import HardNegative
 from medvision.training.paste import Cutout, cut_out, paste
+from medvision.training.targets import CropLabel, enter_label, make_target
 
 _MARGIN = 1.25
 """Crops are cut larger and trimmed after rotation, so that corners hold scan and not padding."""
-
-
-_MOST_LABELS = 254
-"""Lesions that a crop's 8-bit label map keeps apart, one value left for one that is pasted."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +37,6 @@ class Lesion:
     center: tuple[float, float]
     half_size: tuple[float, float]
     window: tuple[slice, slice, slice]
-
-
-class CropLabel(NamedTuple):
-    """What a value of a crop's label map stands for; class None: to be ignored.
-
-    ``area`` is that of the lesion on the whole slice, in pixels; ``whole`` tells that all of it is in the
-    crop as cut.
-    """
-
-    class_index: int | None
-    area: int = 0
-    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +85,7 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         self._weights = lesion_weights(lesions, sampling.class_balance)
         self._present = [labels_by_plane(case.labels) for case in cases]
         self._class_of = {(item.case, item.label): item.class_index for item in lesions}
-        self._cutouts = self._cut_out_all() if sampling.paste_share * sampling.pastes else []
+        self._cutouts = self._cut_out_all() if sampling.paste_share else []
         self._size = int(np.ceil(sampling.crop_size * _MARGIN))
 
     def __getitem__(self, index: int) -> Sample:
@@ -118,11 +102,10 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         pixels = crop_padded(case.array[window], top, left, size, case.limits[0])
         stack = slice_stack(pixels, plane - window.start, offsets)
         labels, table = self._label_crop(number, plane, top, left)
-        for _ in range(self.sampling.pastes if self._cutouts else 0):
-            self._paste(stack, labels, table, case.limits[1] - case.limits[0], generator)
+        self._paste(stack, labels, table, case.limits[1] - case.limits[0], generator)
         image = apply_window(stack, case.limits)
         moved, moved_labels = self.augmenter(image, labels, int(generator.integers(2**31)))
-        target = self._target(moved_labels, table)
+        target = make_target(moved_labels, table, self.sampling.least_visible)
         return Sample(torch.from_numpy(moved), target, case.case_id)
 
     def _cut_out_all(self) -> list[Cutout]:
@@ -192,13 +175,13 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
             faint = self._present[number].get(z, set()) - here
             cut = crop_padded(labels[z], top, left, size, 0) if faint else crop
             for label in sorted(faint):
-                _enter(crop, table, cut == label, CropLabel(None))
+                enter_label(crop, table, cut == label, CropLabel(None))
         cut = crop_padded(labels[plane], top, left, size, 0) if here else crop
         for label in sorted(here):
             mask = cut == label
             area = int((labels[plane] == label).sum())
             index = self._class_of.get((number, label))
-            _enter(crop, table, mask, CropLabel(index, area, int(mask.sum()) == area))
+            enter_label(crop, table, mask, CropLabel(index, area, int(mask.sum()) == area))
         return crop, table
 
     def _paste(
@@ -210,7 +193,7 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         generator: np.random.Generator,
     ) -> None:
         """Put a lesion of some training scan into this crop, if a place for it is found."""
-        if generator.random() >= self.sampling.paste_share or len(table) > _MOST_LABELS:
+        if not self._cutouts or generator.random() >= self.sampling.paste_share:
             return
         chosen = int(generator.choice(len(self.lesions), p=self._weights))
         spacing_mm = self.cases[self.lesions[chosen].case].volume.spacing_mm[0]
@@ -222,52 +205,6 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         if mask is not None:
             table.append(CropLabel(self.lesions[chosen].class_index, int(mask.sum()), True))
             labels[mask] = len(table)
-
-    def _target(self, labels: NDArray[np.uint8], table: list[CropLabel]) -> Target:
-        boxes, classes, ignored = [], [], []
-        for value, box in boxes_from_labels(labels).items():
-            entry = table[value - 1]
-            if entry.class_index is not None and (
-                _visible(labels, value, box, entry) >= self.sampling.least_visible
-            ):
-                boxes.append(box)
-                classes.append(entry.class_index)
-            else:
-                ignored.append(box)
-        return {
-            "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-            "labels": torch.tensor(classes, dtype=torch.long),
-            "ignored": torch.tensor(ignored, dtype=torch.float32).reshape(-1, 4),
-        }
-
-
-def _enter(
-    crop: NDArray[np.uint8], table: list[CropLabel], mask: NDArray[np.bool_], entry: CropLabel
-) -> None:
-    """Draw a lesion into the crop's label map with a value of its own, if any of it is in the crop.
-
-    Where the values run out, the last one stands for all further lesions, to be ignored.
-    """
-    if not mask.any():
-        return
-    if len(table) < _MOST_LABELS:
-        table.append(entry)
-    else:
-        table[-1] = CropLabel(None)
-    crop[mask] = len(table)
-
-
-def _visible(
-    labels: NDArray[np.uint8], value: int, box: tuple[int, int, int, int], entry: CropLabel
-) -> float:
-    """Return the share of a lesion that the augmented crop shows.
-
-    One that the crop's edge does not cut is all there, however the zoom changed its area.
-    """
-    rows, columns = labels.shape
-    if entry.whole and min(box[:2]) > 0 and box[2] < columns and box[3] < rows:
-        return 1.0
-    return float((labels == value).sum()) / max(1, entry.area)
 
 
 def labels_by_plane(labels: NDArray[np.integer]) -> dict[int, set[int]]:

@@ -1,0 +1,77 @@
+"""What is true of a crop: its label map, what each value of it stands for, and the boxes that it means."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from medvision.models.criterion import Target
+from medvision.stacks.augment import boxes_from_labels
+
+_MOST_LABELS = 254
+"""Lesions that a crop's 8-bit label map keeps apart, one value left for one that is pasted."""
+
+
+class CropLabel(NamedTuple):
+    """What a value of a crop's label map stands for; class None: to be ignored.
+
+    ``area`` is that of the lesion on the whole slice, in pixels; ``whole`` tells that all of it is in the
+    crop as cut.
+    """
+
+    class_index: int | None
+    area: int = 0
+    whole: bool = False
+
+
+def enter_label(
+    crop: NDArray[np.uint8], table: list[CropLabel], mask: NDArray[np.bool_], entry: CropLabel
+) -> None:
+    """Draw a lesion into the crop's label map with a value of its own, if any of it is in the crop.
+
+    Where the values run out, the last one stands for all further lesions, to be ignored.
+    """
+    if not mask.any():
+        return
+    if len(table) < _MOST_LABELS:
+        table.append(entry)
+    else:
+        table[-1] = CropLabel(None)
+    crop[mask] = len(table)
+
+
+def _visible(
+    labels: NDArray[np.uint8], value: int, box: tuple[int, int, int, int], entry: CropLabel
+) -> float:
+    """Return the share of a lesion that the augmented crop shows.
+
+    One that the crop's edge does not cut is all there, however the zoom changed its area.
+    """
+    rows, columns = labels.shape
+    if entry.whole and min(box[:2]) > 0 and box[2] < columns and box[3] < rows:
+        return 1.0
+    return float((labels == value).sum()) / max(1, entry.area)
+
+
+def make_target(labels: NDArray[np.uint8], table: list[CropLabel], least_visible: float) -> Target:
+    """Return the target of an augmented crop ``labels[row, column]``; value n is ``table[n - 1]``.
+
+    Lesions of which less than the share ``least_visible`` is in the crop are to be ignored.
+    """
+    boxes, classes, ignored = [], [], []
+    for value, box in boxes_from_labels(labels).items():
+        entry = table[value - 1]
+        counts = entry.class_index is not None
+        if counts and _visible(labels, value, box, entry) >= least_visible:
+            boxes.append(box)
+            classes.append(entry.class_index)
+        else:
+            ignored.append(box)
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor(classes, dtype=torch.long),
+        "ignored": torch.tensor(ignored, dtype=torch.float32).reshape(-1, 4),
+    }
