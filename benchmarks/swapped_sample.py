@@ -1,7 +1,8 @@
 """Make the sample the other way round: python benchmarks/swapped_sample.py FOLDER [--seed N].
 
-Training scans come from the left lung and test scans from the right one, with other nodules than in
-``medvision sample`` for another seed. Settings are chosen on it, so that ``data/test`` is only measured.
+Training scans come from the left lung and test scans from the right one. Settings are chosen on it, so that
+``data/test`` is only measured. The nodules are drawn anew: 7 of the 60 outlines of ``data/test`` are among its
+own test outlines, one is among those it trains on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Write FOLDER/train and FOLDER/test, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="new folder for train/ and test/")
-    parser.add_argument("--seed", type=int, default=11, help="seed of all that is drawn")
+    parser.add_argument("--seed", type=int, default=25, help="seed of all that is drawn")
     parser.add_argument("--test-scans", type=int, default=40, help="number of test scans")
     options = parser.parse_args(arguments)
     if options.folder.exists():

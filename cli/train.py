@@ -46,7 +46,7 @@ class Model(StrEnum):
 DEFAULTS = {
     "model": "retinanet",
     "steps": "1800",
-    "max_minutes": "13.5",
+    "max_minutes": "14.25",
     "seed": "0",
     "device": "auto",
 }

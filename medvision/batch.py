@@ -47,6 +47,7 @@ class CaseOutcome:
     """What became of one scan: ``status`` is "done", "kept" (was there already) or "failed".
 
     ``folder`` is the name of its folder in the output folder; ``reason`` says why it failed.
+    ``candidates`` counts what scored too little to be a finding.
     """
 
     case_id: str

@@ -57,7 +57,7 @@ def with_score_thresh(config: DetectorConfig, score_thresh: float | None) -> Det
     """Return ``config`` with another lowest score of a finding; as it is for None."""
     if score_thresh is None:
         return config
-    update = {"score_thresh": round(score_thresh, 4)}
+    update = {"score_thresh": score_thresh}
     return config.model_copy(update={"predict": config.predict.model_copy(update=update)})
 
 

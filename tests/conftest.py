@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,3 +34,13 @@ def _no_network() -> Iterator[None]:
         for name in ("connect", "connect_ex"):
             patch.setattr(socket.socket, name, refuse_unless_local(getattr(socket.socket, name)))
         yield
+
+
+@pytest.fixture(scope="session")
+def phantom_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a data set of six labelled phantoms; to be read, not changed."""
+    from medvision.sample_data.phantoms import write_phantom_dataset
+
+    folder = tmp_path_factory.mktemp("phantom_data")
+    write_phantom_dataset(folder, 6)
+    return folder

@@ -11,15 +11,19 @@ from medvision.training.paste import Cutout, cut_out, paste
 OFFSETS = np.array([-1.0, 0.0, 1.0])
 
 
-@pytest.fixture
-def cutout() -> Cutout:
-    """A bright 4 x 6 lesion on slices 5..7 of dark lung."""
+def block(rows: int, columns: int) -> Cutout:
+    """Return a bright lesion of so many pixels on slices 5..7 of dark lung."""
     array = np.full((12, 40, 40), -850, dtype=np.int16)
     labels = np.zeros(array.shape, dtype=np.uint16)
-    window = (slice(5, 8), slice(20, 24), slice(10, 16))
+    window = (slice(5, 8), slice(12, 12 + rows), slice(10, 10 + columns))
     array[window], labels[window] = 30, 3
     case = CachedCase("a", "p", array, labels, np.eye(4), "CT", (-1000, 400), {3: "x"}, frozenset())
     return cut_out(case, 3, window, 3)
+
+
+@pytest.fixture
+def cutout() -> Cutout:
+    return block(4, 6)
 
 
 def lung(value: float = -840) -> tuple[np.ndarray, np.ndarray]:
@@ -67,32 +71,37 @@ def test_a_vessel_is_not_covered(cutout: Cutout) -> None:
     assert paste(stack, occupied, cutout, OFFSETS, 1400, 8, generator) is None
 
 
-@pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_a_zoomed_lesion_has_the_size_it_was_given(cutout: Cutout, factor: float) -> None:
-    sizes = []
-    for seed in range(12):
-        stack, occupied = lung()
-        generator = np.random.default_rng(seed)
-        mask = paste(stack, occupied, cutout, OFFSETS, 1400, 8, generator, (factor, factor))
-        assert mask is not None
-        assert stack[1][mask].min() > -450
-        assert np.abs(stack[1] + 840).max(initial=0, where=~mask) < 890
-        sizes.append(mask.sum())
-    # Never under 4 pixels wide: 6 x 0.5 becomes 6 x 0.67.
-    expected = 24 * max(factor, 4 / 6) ** 2
-    assert np.mean(sizes) == pytest.approx(expected, rel=0.45)
+def pasted(cutout: Cutout, factor: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a stack of lung with the lesion in it at ``factor`` times its size, and its mask."""
+    stack, occupied = lung()
+    generator = np.random.default_rng(seed)
+    mask = paste(stack, occupied, cutout, OFFSETS, 1400, 8, generator, (factor, factor))
+    assert mask is not None
+    return stack, mask
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.75, 1.25, 1.5])
+def test_a_zoomed_lesion_has_the_size_it_was_given(factor: float) -> None:
+    cutout = block(12, 16)
+    stack, mask = pasted(cutout, factor, 0)
+    rows, columns = (np.ptp(np.flatnonzero(mask.any(axis=axis))) + 1 for axis in (1, 0))
+    assert sorted((rows, columns)) == pytest.approx([12 * factor, 16 * factor], abs=1)
+    assert stack[1][mask].mean() > -60
+    assert np.abs(stack[1] + 840)[~mask].mean() < 20
+
+
+def test_no_lesion_is_made_much_less_wide_than_four_pixels() -> None:
+    for factor in (0.1, 0.5):
+        mask = pasted(block(4, 6), factor, 0)[1]
+        assert 3 <= max(np.ptp(np.flatnonzero(mask.any(axis=axis))) + 1 for axis in (0, 1)) <= 4
+    assert pasted(block(2, 3), 0.5, 0)[1].sum() == 6
 
 
 def test_zooming_out_brings_the_next_slices_nearer(cutout: Cutout) -> None:
-    """Three slices of lesion at half size fill one and a half."""
-    lit = []
-    for zoom in (1.0, 2 / 3):
-        counts = []
-        for seed in range(24):
-            stack, occupied = lung()
-            generator = np.random.default_rng(seed)
-            mask = paste(stack, occupied, cutout, OFFSETS, 1400, 8, generator, (zoom, zoom))
-            assert mask is not None
-            counts.append(sum((plane[mask] > -100).all() for plane in stack))
-        lit.append(np.mean(counts))
-    assert lit[1] < lit[0]
+    """Three slices of lesion at two thirds of their size fill two."""
+
+    def lit(factor: float) -> float:
+        made = (pasted(cutout, factor, seed) for seed in range(24))
+        return float(np.mean([sum((p[mask] > -100).all() for p in stack) for stack, mask in made]))
+
+    assert lit(2 / 3) < lit(1.0)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_support import case_with, small
 
-from medvision.datasets.discover import Case, LoadedCase, find_cases, load_case
+from medvision.datasets.discover import LoadedCase, find_cases, load_case
 from medvision.detector import DetectorConfig, load_detector_config
 from medvision.errors import InputError, Interrupted, MedvisionError, UsageError
 from medvision.findings.config import PredictConfig
@@ -31,7 +32,6 @@ from medvision.training.config import (
     SamplingConfig,
     TrainConfig,
     load_train_config,
-    make_train_config,
 )
 from medvision.training.hard_negatives import (
     HardNegative,
@@ -41,29 +41,8 @@ from medvision.training.hard_negatives import (
 )
 from medvision.training.loop import Clock, SkipGuard, rate_factor
 from medvision.training.samples import CropSampler, find_training_lesions, lesion_weights
+from medvision.training.targets import make_target
 from medvision.training.train import train
-
-SMALL = {
-    "steps": 6,
-    "batch_size": 2,
-    "validations": 1,
-    "precision": "float32",
-    "validation_fraction": 0.3,
-    "stack": {"n_slices": 3},
-    "sampling": {"crop_size": 32},
-    "model": {"width": 8, "pyramid_channels": 8, "head_depth": 1},
-}
-
-
-def small(**changes: object) -> TrainConfig:
-    return make_train_config({**SMALL, **changes}, "test")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_phantom_dataset(folder, 6)
-    return folder
 
 
 class StopAt:
@@ -79,13 +58,15 @@ class StopAt:
         return 15 if self.reached else None
 
 
-def test_a_stopped_and_resumed_run_ends_with_the_same_bits(data: Path, tmp_path: Path) -> None:
-    straight = train(data, tmp_path / "straight", small())
+def test_a_stopped_and_resumed_run_ends_with_the_same_bits(
+    phantom_data: Path, tmp_path: Path
+) -> None:
+    straight = train(phantom_data, tmp_path / "straight", small())
     assert straight.steps == 6
     stopper = StopAt(2)
     with pytest.raises(Interrupted) as stopped:
         train(
-            data,
+            phantom_data,
             tmp_path / "resumed",
             small(),
             on_progress=stopper.report,
@@ -97,17 +78,17 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(data: Path, tmp_path:
     assert state.step == 2
     assert not state.finished
     with pytest.raises(UsageError, match="already holds a run"):
-        train(data, tmp_path / "resumed", small())
+        train(phantom_data, tmp_path / "resumed", small())
     with pytest.raises(UsageError, match="settings"):
-        train(data, tmp_path / "resumed", small(seed=4), resume=True)
+        train(phantom_data, tmp_path / "resumed", small(seed=4), resume=True)
     fewer = tmp_path / "fewer"
-    shutil.copytree(data, fewer)
+    shutil.copytree(phantom_data, fewer)
     lost = json.loads((tmp_path / "resumed" / "split.json").read_text())["training"][0]
     for path in [*(fewer / "scans").glob(f"{lost}*"), *(fewer / "labels").glob(f"{lost}*")]:
         path.unlink()
     with pytest.raises(UsageError, match="scans it was started with"):
         train(fewer, tmp_path / "resumed", small(), resume=True)
-    assert train(data, tmp_path / "resumed", small(), resume=True).steps == 6
+    assert train(phantom_data, tmp_path / "resumed", small(), resume=True).steps == 6
     for name in ("last.safetensors", "best.safetensors"):
         first = load_file(tmp_path / "straight" / name)
         second = load_file(tmp_path / "resumed" / name)
@@ -115,9 +96,11 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(data: Path, tmp_path:
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_the_run_folder_alone_predicts_and_holds_no_pickle(data: Path, tmp_path: Path) -> None:
+def test_the_run_folder_alone_predicts_and_holds_no_pickle(
+    phantom_data: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    summary = train(data, run, small())
+    summary = train(phantom_data, run, small())
     assert summary.training_scans + summary.validation_scans == 6
     assert summary.validation_scans >= 1
     kinds = {path.suffix for path in run.rglob("*") if path.is_file()}
@@ -135,10 +118,10 @@ def test_the_run_folder_alone_predicts_and_holds_no_pickle(data: Path, tmp_path:
     assert findings.model["run"] == "run"
 
 
-def test_a_damaged_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused(phantom_data: Path, tmp_path: Path) -> None:
     stopper = StopAt(1)
     with pytest.raises(Interrupted):
-        train(data, tmp_path, small(), on_progress=stopper.report, should_stop=stopper.stop)
+        train(phantom_data, tmp_path, small(), on_progress=stopper.report, should_stop=stopper.stop)
     state = read_state(tmp_path)
     assert state is not None
     path = tmp_path / state.weights_file
@@ -146,7 +129,7 @@ def test_a_damaged_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
     damaged[-9] ^= 1
     path.write_bytes(bytes(damaged))
     with pytest.raises(InputError, match="checksum"):
-        train(data, tmp_path, small(), resume=True)
+        train(phantom_data, tmp_path, small(), resume=True)
 
 
 def test_scans_without_any_lesion_are_refused_with_the_reason(tmp_path: Path) -> None:
@@ -170,8 +153,8 @@ def test_one_bad_scan_and_one_unlabelled_never_stop_the_rest(tmp_path: Path) -> 
     assert len(reasons) >= 2
 
 
-def cached(tmp_path: Path, data: Path) -> list:
-    cases = find_cases(data).cases
+def cached(tmp_path: Path, phantom_data: Path) -> list:
+    cases = find_cases(phantom_data).cases
     return [cache_case(load_case(case), tmp_path, 0.8, (-1000, 400)) for case in cases]
 
 
@@ -182,8 +165,8 @@ def sampler_of(cases: list, **changes: float) -> CropSampler:
     return CropSampler(cases, lesions, StackConfig(n_slices=3), sampling, augmenter, 7)
 
 
-def test_samples_depend_on_seed_and_number_only(data: Path, tmp_path: Path) -> None:
-    sampler = sampler_of(cached(tmp_path, data))
+def test_samples_depend_on_seed_and_number_only(phantom_data: Path, tmp_path: Path) -> None:
+    sampler = sampler_of(cached(tmp_path, phantom_data))
     first = sampler[11]
     for other in (0, 5, 23):
         sampler[other]
@@ -194,8 +177,10 @@ def test_samples_depend_on_seed_and_number_only(data: Path, tmp_path: Path) -> N
     assert not torch.equal(first.image, sampler[12].image)
 
 
-def test_lesion_crops_hold_their_lesion_and_boxes_fit_it(data: Path, tmp_path: Path) -> None:
-    sampler = sampler_of(cached(tmp_path, data), lesion_share=1.0)
+def test_lesion_crops_hold_their_lesion_and_boxes_fit_it(
+    phantom_data: Path, tmp_path: Path
+) -> None:
+    sampler = sampler_of(cached(tmp_path, phantom_data), lesion_share=1.0)
     samples = [sampler[index] for index in range(40)]
     assert np.mean([len(sample.target["boxes"]) > 0 for sample in samples]) > 0.9
     for sample in samples:
@@ -207,21 +192,8 @@ def test_lesion_crops_hold_their_lesion_and_boxes_fit_it(data: Path, tmp_path: P
 
 
 def one_lesion_case(ignore: bool) -> LoadedCase:
-    phantom = make_phantom(n_lesions=0)
-    box = Box(10, 20, 16, 12, 26, 24)
-    lesion = Annotation(3, "solid", box, np.ones((2, 6, 8), dtype=bool), ignore)
-    case = find_case()
-    return LoadedCase(case, phantom.volume, (lesion,))
-
-
-def find_case() -> Case:
-    from medvision.scans.load import ScanReference
-
-    fields = ScanReference.__dataclass_fields__
-    values = dict.fromkeys(fields, "")
-    values.update(case_id="one", path=Path("one.nii.gz"), n_files=1, kind="image")
-    reference = ScanReference(**{name: values[name] for name in fields})  # type: ignore[arg-type]
-    return Case("one", reference, Path(), "p")
+    mask = np.ones((2, 6, 8), dtype=bool)
+    return case_with(Annotation(3, "solid", Box(10, 20, 16, 12, 26, 24), mask, ignore))
 
 
 def test_the_slice_beyond_a_lesion_and_ignored_lesions_count_neither_way(tmp_path: Path) -> None:
@@ -229,13 +201,13 @@ def test_the_slice_beyond_a_lesion_and_ignored_lesions_count_neither_way(tmp_pat
     sampler = sampler_of([case])
     for plane, boxes, ignored in ((9, 0, 1), (10, 1, 0), (11, 1, 0), (12, 0, 1), (13, 0, 0)):
         labels, table = sampler._label_crop(0, plane, 0, 0)
-        target = sampler._target(labels, table)
+        target = make_target(labels, table, sampler.sampling.least_visible)
         assert (len(target["boxes"]), len(target["ignored"])) == (boxes, ignored)
     hidden = cache_case(one_lesion_case(True), tmp_path, 0.7, (-1000, 400))
     assert find_training_lesions([hidden], ("solid",)) == []
     sampler = sampler_of([hidden])
     labels, table = sampler._label_crop(0, 10, 0, 0)
-    assert len(sampler._target(labels, table)["ignored"]) == 1
+    assert len(make_target(labels, table, sampler.sampling.least_visible)["ignored"]) == 1
 
 
 def test_cached_labels_follow_the_pixels(tmp_path: Path) -> None:
@@ -308,8 +280,10 @@ def test_settings_from_a_file_and_wrong_ones(tmp_path: Path) -> None:
         load_train_config(path)
 
 
-def test_hard_negatives_are_drawn_and_belong_to_their_step(tmp_path: Path, data: Path) -> None:
-    sampler = sampler_of(cached(tmp_path, data), lesion_share=0.0, hard_share=1.0)
+def test_hard_negatives_are_drawn_and_belong_to_their_step(
+    tmp_path: Path, phantom_data: Path
+) -> None:
+    sampler = sampler_of(cached(tmp_path, phantom_data), lesion_share=0.0, hard_share=1.0)
     places = [HardNegative(2, 7, 30.0, 22.0, 0.9)]
     sampler.hard_negatives = places
     assert {sampler[index].case_id for index in range(8)} == {sampler.cases[2].case_id}

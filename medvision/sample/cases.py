@@ -73,7 +73,7 @@ def make_train_case(
         case = _make(chest, chest.right, box, plan, config, rng, config.train.decoys, own)
         if case is not None:
             return case
-    raise InputError(f"The nodules of {plan.case_id} find no room in the right lung.")
+    raise InputError(f"The nodules of {plan.case_id} find no room in the training lung.")
 
 
 def make_test_case(
@@ -86,7 +86,7 @@ def make_test_case(
         case = _make(chest, chest.left, box, plan, config, rng, config.test.decoys, own)
         if case is not None:
             return case
-    raise InputError(f"The nodules of {plan.case_id} find no room in the left lung.")
+    raise InputError(f"The nodules of {plan.case_id} find no room in the test lung.")
 
 
 def _make(
@@ -142,7 +142,7 @@ def draw_window(lung: Lung, config: SampleConfig, rng: np.random.Generator) -> B
 
 
 def lung_window(chest: Chest, margin: Sequence[int]) -> Box:
-    """Return the left lung's box with a margin, inside the CT."""
+    """Return the test lung's box with a margin, inside the CT."""
     low, high = chest.left.box.lower - margin, chest.left.box.upper + margin
     return Box(*low.tolist(), *high.tolist()).clip(chest.volume.shape)
 

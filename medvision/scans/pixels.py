@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from medvision.scans.instance import Instance
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+
+_LOG = logging.getLogger(__name__)
 
 AIR_HU = -1024
 """What padding outside the reconstructed field becomes in CT."""
@@ -86,9 +89,11 @@ def _decode(dataset: Dataset, path: Path) -> NDArray:
         syntax = dataset.file_meta.TransferSyntaxUID = _guess_syntax(dataset)
     try:
         stored = dataset.pixel_array
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError as refusal:
+        # What pydicom raises where no plugin is there, and where every plugin that is there failed.
         if not syntax.is_compressed:
             raise
+        _LOG.debug("%s: pydicom cannot decode %s (%s); GDCM is tried", path, syntax.name, refusal)
         stored = _decode_with_itk(dataset, path)
     if stored.shape != (dataset.Rows, dataset.Columns):
         raise ValueError(f"expected {(dataset.Rows, dataset.Columns)} pixels, got {stored.shape}")

@@ -32,9 +32,8 @@ class SamplingConfig(BaseModel):
     class_balance: float = Field(
         0.7, ge=0, le=1, description="0: lesions as often as they are; 1: classes equally often"
     )
-    pastes: int = Field(1, ge=0, description="lesions of other scans pasted into a crop, at most")
     paste_share: float = Field(
-        0.7, ge=0, le=1, description="share of crops into which each of them is pasted"
+        0.7, ge=0, le=1, description="share of crops into which a lesion of some scan is pasted"
     )
     paste_zoom: tuple[float, float] = Field(
         (0.6, 1.3), description="smallest and largest zoom of a pasted lesion against its own size"
@@ -66,7 +65,7 @@ class TrainConfig(BaseModel):
 
     steps: int = Field(1800, ge=1, description="batches to train on")
     max_minutes: float = Field(
-        13.5, ge=0, description="finish in this time even if steps are left; 0: no limit"
+        14.25, ge=0, description="finish in this time even if steps are left; 0: no limit"
     )
     batch_size: int = Field(24, ge=1, description="crops in a batch")
     learning_rate: float = Field(2e-3, gt=0, description="highest rate, AdamW")

@@ -21,7 +21,7 @@ _MARGIN = 4
 """Pixels around a lesion that go along: two of blend and two of its own background to compare."""
 
 _LEAST_PIXELS = 4
-"""No lesion is made less wide than this, or less than it is: noise would look the same."""
+"""A lesion is zoomed down to about this width and no further: noise would look the same."""
 
 _TRIES = 8
 _NEAR = 0.08

@@ -14,12 +14,16 @@ MOST_PICTURES = 12
 
 
 def write_validation_pictures(
-    folder: Path, cases: list[CachedCase], results: tuple[CaseResult, ...]
+    folder: Path,
+    cases: list[CachedCase],
+    results: tuple[CaseResult, ...],
+    score_thresh: float,
 ) -> list[Path]:
     """Draw up to 12 lesions of the held-out scans, the worst found first; return the files.
 
-    The reference is outlined, findings are boxed. A file is named by its rank, case and score of the best
-    finding on the lesion: ``01_case_0.03.png``, or ``missed`` in place of the score.
+    The reference is outlined, findings are boxed, those that score under ``score_thresh`` dashed.
+    A file is named by its rank, case and score of the best finding on the lesion,
+    ``01_case_0.03.png``, or ``missed`` in place of the score.
     """
     if folder.is_dir():
         for old in folder.glob("*.png"):
@@ -30,7 +34,11 @@ def write_validation_pictures(
     for rank, (score, result, number) in enumerate(ranked[:MOST_PICTURES], start=1):
         lesion = result.lesions[number]
         size = longest_diameter_mm(lesion, result.affine)
-        marks = Marks(result.annotations, result.findings)
+        marks = Marks(
+            result.annotations,
+            [item for item in result.findings if item.score >= score_thresh],
+            [item for item in result.findings if item.score < score_thresh],
+        )
         picture = draw(by_id[result.case_id].volume, lesion.box.center_index, size, marks)
         named = "missed" if score < 0 else f"{score:.2f}"
         path = folder / f"{rank:02d}_{result.case_id}_{named}.png"

@@ -20,7 +20,7 @@ from medvision.training.cache import CachedCase
 from medvision.training.config import SamplingConfig
 from medvision.training.hard_negatives import HardNegative
 from medvision.training.paste import Cutout, cut_out, paste
-from medvision.training.targets import MOST_LABELS, CropLabel, enter_label, make_target
+from medvision.training.targets import CropLabel, enter_label, make_target
 
 _MARGIN = 1.25
 """Crops are cut larger and trimmed after rotation, so that corners hold scan and not padding."""
@@ -88,7 +88,7 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         self._weights = lesion_weights(lesions, sampling.class_balance)
         self._present = [labels_by_plane(case.labels) for case in cases]
         self._class_of = {(item.case, item.label): item.class_index for item in lesions}
-        self._cutouts = self._cut_out_all() if sampling.paste_share * sampling.pastes else []
+        self._cutouts = self._cut_out_all() if sampling.paste_share else []
         self._size = int(np.ceil(sampling.crop_size * _MARGIN))
 
     def __getitem__(self, index: int) -> Sample:
@@ -105,11 +105,10 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         pixels = crop_padded(case.array[window], top, left, size, case.limits[0])
         stack = slice_stack(pixels, plane - window.start, offsets)
         labels, table = self._label_crop(number, plane, top, left)
-        for _ in range(self.sampling.pastes if self._cutouts else 0):
-            self._paste(stack, labels, table, case.limits[1] - case.limits[0], generator)
+        self._paste(stack, labels, table, case.limits[1] - case.limits[0], generator)
         image = apply_window(stack, case.limits)
         moved, moved_labels = self.augmenter(image, labels, int(generator.integers(2**31)))
-        target = self._target(moved_labels, table)
+        target = make_target(moved_labels, table, self.sampling.least_visible, masks=self.masks)
         return Sample(torch.from_numpy(moved), target, case.case_id)
 
     def _cut_out_all(self) -> list[Cutout]:
@@ -197,7 +196,7 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         generator: np.random.Generator,
     ) -> None:
         """Put a lesion of some training scan into this crop, if a place for it is found."""
-        if generator.random() >= self.sampling.paste_share or len(table) > MOST_LABELS:
+        if not self._cutouts or generator.random() >= self.sampling.paste_share:
             return
         chosen = int(generator.choice(len(self.lesions), p=self._weights))
         spacing_mm = self.cases[self.lesions[chosen].case].volume.spacing_mm[0]
@@ -209,9 +208,6 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         if mask is not None:
             table.append(CropLabel(self.lesions[chosen].class_index, int(mask.sum()), True))
             labels[mask] = len(table)
-
-    def _target(self, labels: NDArray[np.uint8], table: list[CropLabel]) -> Target:
-        return make_target(labels, table, self.sampling.least_visible, masks=self.masks)
 
 
 def labels_by_plane(labels: NDArray[np.integer]) -> dict[int, set[int]]:

@@ -19,6 +19,7 @@ from medvision.detector import (
 from medvision.errors import Interrupted
 from medvision.files import atomic_write_text
 from medvision.models.family import NEED_MASKS
+from medvision.models.flips import MIRRORED_AXES
 from medvision.progress import Progress, ProgressCallback, StopCallback
 from medvision.stacks.augment import Augmenter
 from medvision.training.checkpoint import TrainState, save_checkpoint
@@ -81,14 +82,15 @@ class Session:
         does it again when resumed, with the same weights.
         """
         state = self.state
-        # A validation, and the judging of the best weights, which takes up to four times as long.
-        clock.reserved = 5 * state.validation_seconds
         progress = clock.progress(state.step)
         if self._validation_due(progress):
             self._validate(clock)
         if self._mining_due(progress):
             self._mine()
         dataset.hard_negatives = load_hard_negatives(self.run, state.step) or []
+        # For one more validation, and for judging the best weights, with mirror images if they are on.
+        views = len(MIRRORED_AXES) if self.detector.predict.flips else 1
+        clock.reserved = (1 + views) * state.validation_seconds
         progress = clock.progress(state.step)
         if progress >= 1.0:
             return True
@@ -198,7 +200,7 @@ class Session:
             save_weights(
                 self.run / BEST_WEIGHTS, average.state_dict(), {"step": str(self.state.step)}
             )
-            self._show(result)
+            self._write_outcome(result)
 
     def _judge_best(self) -> Validation:
         """Let the best weights predict the held-out scans as they will be used, mirror images and all.
@@ -216,7 +218,7 @@ class Session:
             as_predicted=True,
         )
         self._record_validation("held out", result)
-        self._show(result)
+        self._write_outcome(result)
         return result
 
     def _record_validation(self, kind: str, result: Validation) -> None:
@@ -231,9 +233,16 @@ class Session:
             }
         )
 
-    def _show(self, result: Validation) -> None:
-        save_detector_config(self.run, with_score_thresh(self.detector, result.score_thresh))
-        write_validation_pictures(self.run / PICTURE_FOLDER, self.cases.validation, result.results)
+    def _write_outcome(self, result: Validation) -> None:
+        """Write what the best weights do on held-out scans: the score threshold and the pictures."""
+        detector = with_score_thresh(self.detector, result.score_thresh)
+        save_detector_config(self.run, detector)
+        write_validation_pictures(
+            self.run / PICTURE_FOLDER,
+            self.cases.validation,
+            result.results,
+            detector.predict.score_thresh,
+        )
 
 
 def _drop_later_records(path: Path, step: int) -> None:

@@ -13,7 +13,7 @@ from medvision.models.criterion import Target
 from medvision.stacks.augment import boxes_from_labels
 from medvision.training.segmentation_target import make_class_map
 
-MOST_LABELS = 254
+_MOST_LABELS = 254
 """Lesions that a crop's 8-bit label map keeps apart, one value left for one that is pasted."""
 
 
@@ -38,7 +38,7 @@ def enter_label(
     """
     if not mask.any():
         return
-    if len(table) < MOST_LABELS:
+    if len(table) < _MOST_LABELS:
         table.append(entry)
     else:
         table[-1] = CropLabel(None)
@@ -66,7 +66,7 @@ class TrainingTarget(Target, total=False):
 
 
 def make_target(
-    labels: NDArray[np.uint8], table: list[CropLabel], least_visible: float, *, masks: bool
+    labels: NDArray[np.uint8], table: list[CropLabel], least_visible: float, *, masks: bool = False
 ) -> TrainingTarget:
     """Return the target of an augmented crop ``labels[row, column]``; value n is ``table[n - 1]``.
 
