@@ -112,7 +112,7 @@ def predict(
             on_progress=on_progress,
             should_stop=should_stop,
             overwrite=overwrite,
-            **({} if engine is Engine.torch else {"engine": engine.value}),
+            engine=engine.value,
         )
     done, kept, failed = (batch.with_status(status) for status in ("done", "kept", "failed"))
     for one in failed[:_LISTED_FAILURES]:

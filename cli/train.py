@@ -42,9 +42,20 @@ class Model(StrEnum):
     unet = "unet"
 
 
+class Transfer(StrEnum):
+    """Ways of transfer by the names of medvision.training.transfer."""
+
+    auto = "auto"
+    probe = "probe"
+    frozen = "frozen"
+    finetune = "finetune"
+    scratch = "scratch"
+
+
 # As in TrainConfig; written here because a help page must not import it. A test compares them.
 DEFAULTS = {
     "model": "retinanet",
+    "transfer": "auto",
     "steps": "1800",
     "max_minutes": "14.25",
     "seed": "0",
@@ -70,6 +81,22 @@ def train(
     model: Annotated[
         Model | None,
         typer.Option(help=f"Which network; {DEFAULTS['model']} if not given."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Pretrained weights of the backbone: imagenet, another published name, or a "
+            "safetensors or state-dict file; none if not given.",
+        ),
+    ] = None,
+    transfer: Annotated[
+        Transfer | None,
+        typer.Option(
+            help="What of pretrained weights learns: the outputs alone (probe), all but the "
+            "backbone (frozen), all, the backbone later and slower (finetune), or what the number "
+            f"of lesions a class allows; {DEFAULTS['transfer']} if not given.",
+        ),
     ] = None,
     steps: Annotated[
         int | None,
@@ -129,6 +156,8 @@ def train(
     check_writable(run)
     chosen = {
         "model.name": model.value if model else None,
+        "weights": weights,
+        "transfer": transfer.value if transfer else None,
         "steps": steps,
         "max_minutes": max_minutes,
         "seed": seed,
@@ -154,6 +183,7 @@ def train(
             "steps": f"{done.steps} of {done.planned_steps}, on {done.device}",
             "scans": f"{done.training_scans} to train on, {done.validation_scans} held out",
             "lesions": lesions,
+            "transfer": done.transfer if train_config.weights else None,
             "left out": f"{len(done.left_out)} scans, see the log" if done.left_out else None,
             "held-out CPM": _rounded(done.validation_cpm),
             "sensitivity": _rounded(done.validation_sensitivity_at_1_fp, " at 1 false positive"),

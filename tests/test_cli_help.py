@@ -11,9 +11,9 @@ import pytest
 from medvision import __version__
 from medvision.cli.errors import EXIT_CODES
 from medvision.cli.main import main
-from medvision.cli.train import DEFAULTS, Model
+from medvision.cli.train import DEFAULTS, Model, Transfer
 
-COMMANDS = ("sample", "train", "predict", "report", "doctor")
+COMMANDS = ("sample", "train", "predict", "export", "report", "doctor")
 PAGES = [["--help"], *([command, "--help"] for command in COMMANDS)]
 HEAVY = ("torch", "numpy", "pydicom", "SimpleITK", "pandas", "scipy", "matplotlib", "rich")
 
@@ -80,6 +80,14 @@ def test_every_model_of_the_family_can_be_asked_for() -> None:
     assert set(names) == set(BUILDERS) == set(CRITERIA)
     for name, config in MODEL_CONFIGS.items():
         assert config().name == name  # type: ignore[attr-defined]
+
+
+def test_every_transfer_can_be_asked_for() -> None:
+    from typing import get_args
+
+    from medvision.training import transfer
+
+    assert [way.value for way in Transfer] == list(get_args(transfer.Transfer))
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

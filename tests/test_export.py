@@ -344,6 +344,13 @@ def test_the_difference_is_relative_above_one(
     assert result == pytest.approx(difference, rel=1e-5)
 
 
+def test_a_box_is_compared_with_its_largest_coordinate() -> None:
+    expected = torch.tensor([[0.0, 0.0, 200.0, 100.0], [0.0, 0.0, 0.5, 0.5]])
+    shifted = expected + torch.tensor([[0.02, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 2e-5]])
+    assert largest_difference(expected, shifted, boxes=True) == pytest.approx(1e-4, rel=1e-3)
+    assert largest_difference(expected, shifted) == pytest.approx(0.02, rel=1e-3)
+
+
 def test_the_graph_gives_tensors_and_no_anchors(run: Path) -> None:
     network, _, _ = load_detector(run)
     images = torch.rand(1, 3, 32, 32)

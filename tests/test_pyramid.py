@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
-from medvision.models.config import PyramidPaths, RetinaNetConfig
+from medvision.models.config import RetinaNetConfig
 from medvision.models.pyramid import FeaturePyramid
+from medvision.models.pyramid_config import PyramidPaths
 from medvision.models.retinanet import build_retinanet
 
 CHANNELS = [8, 16, 32]

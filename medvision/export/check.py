@@ -34,10 +34,12 @@ Runner = Callable[[Tensor], dict[str, Tensor]]
 """Takes ``[batch, slice, row, column]`` to the outputs of a graph by name."""
 
 
-def largest_difference(expected: Tensor, found: Tensor) -> float:
+def largest_difference(expected: Tensor, found: Tensor, *, boxes: bool = False) -> float:
     """Return the largest difference of two tensors, relative where ``expected`` is above 1.
 
-    Of masks it is the share of pixels. Infinite if the shapes differ, or if a value is not finite.
+    Of ``boxes`` it is relative to the largest of a box's four coordinates: they are centre plus and
+    minus half the size, and a side near 0 has the rounding of both. Of masks it is the share of
+    pixels. Infinite if the shapes differ, or if a value is not finite.
     """
     if expected.shape != found.shape:
         return float("inf")
@@ -46,7 +48,9 @@ def largest_difference(expected: Tensor, found: Tensor) -> float:
     if expected.dtype == torch.bool:
         # A pixel of a mask may lie on the threshold; of many, few do.
         return (found.bool() != expected).double().mean().item()
-    gap = (found.double() - expected.double()).abs() / expected.double().abs().clamp(min=1)
+    size = expected.double().abs()
+    size = size.amax(dim=-1, keepdim=True) if boxes else size
+    gap = (found.double() - expected.double()).abs() / size.clamp(min=1)
     return gap.max().item() if torch.isfinite(gap).all() else float("inf")
 
 
@@ -67,7 +71,8 @@ class Comparison:
         for part, expected in zip(parts, self.outputs.of(network, raw), strict=True):
             found = self.outputs.read(self.exported(part))
             for name, value in expected.items():
-                self.largest = max(self.largest, largest_difference(value, found[name]))
+                gap = largest_difference(value, found[name], boxes=name == "boxes")
+                self.largest = max(self.largest, gap)
         self.slices += len(images)
         self.sizes[(images.shape[-2], images.shape[-1])] = None
 

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image, nms
 
 from medvision.models.box_coder import decode_boxes
-from medvision.models.faster_rcnn import _DELTA_SCALE as DELTA_SCALE
-from medvision.models.faster_rcnn import FasterRCNN
+from medvision.models.faster_rcnn import DELTA_SCALE, FasterRCNN
 from medvision.models.mask_head import paste_masks, pick_class
-from medvision.models.proposals import _SMALLEST_SIDE as SMALLEST_SIDE
-from medvision.models.proposals import RawProposals
+from medvision.models.proposals import SMALLEST_SIDE, RawProposals
 from medvision.models.roi_levels import LevelPooling, roi_levels
 
 NO_BOX = -1.0
@@ -50,7 +48,7 @@ class FixedLengths(nn.Module):
         maps = network.backbone(network.windows(images))[-len(network.strides) :]
         levels = network.pyramid(maps)
         objectness, deltas = network.proposal_head(levels)
-        raw = RawProposals(objectness, deltas, network._anchors(levels))
+        raw = RawProposals(objectness, deltas, network.anchors_of(levels))
         regions, is_region = self._propose(raw, size)
         logits, deltas = network.box_head(pool_levels(network.box_pool, levels, regions))
         boxes = decode_boxes(deltas / deltas.new_tensor(DELTA_SCALE), regions)

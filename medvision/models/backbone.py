@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from medvision.models.config import STEM_STRIDE
+from medvision.models.pyramid_config import STEM_STRIDE
 
 
 class ResNet(nn.Module):

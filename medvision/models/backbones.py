@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from medvision.errors import UsageError
 from medvision.models.backbone import ResNet
+from medvision.models.deformable import deform_stages
 from medvision.models.norms import Norm, convert_norms
+from medvision.models.pyramid_config import FINEST_STRIDE, NARROW, PyramidConfig
 
 TIMM_PREFIX = "timm/"
 Colours = tuple[float, ...]
@@ -92,7 +94,7 @@ def _narrow(name: str, in_channels: int, stem_pooling: bool) -> Backbone:
 
 
 _BUILDERS: dict[str, Callable[[str, int, bool], Backbone]] = {
-    "resnet18-narrow": _narrow,
+    NARROW: _narrow,
     "resnet18": ResNetFeatures,
     "resnet34": ResNetFeatures,
     "resnet50": ResNetFeatures,
@@ -100,8 +102,44 @@ _BUILDERS: dict[str, Callable[[str, int, bool], Backbone]] = {
     "resnet152": ResNetFeatures,
 }
 
+STAGES = ("stages.0", "stages.1", "stages.2", "stages.3")
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+"""Names of the stages, in the narrow ResNet and in torchvision's."""
+
 BACKBONES = tuple(_BUILDERS)
 """Names that :func:`build_backbone` knows, besides timm/NAME."""
+
+
+def make_backbone(config: PyramidConfig, in_channels: int) -> Backbone:
+    """Return the backbone that the settings of a pyramid detector name, not pretrained.
+
+    UsageError for one whose strides are not those that the settings count on.
+    """
+    name, kind = config.backbone, config.stage_convolution
+    if name == NARROW:
+        backbone: Backbone = ResNet(in_channels, config.blocks, config.width, config.stem_pooling)
+        if config.norm == "frozen":
+            _open_blocks(backbone)
+        convert_norms(backbone, config.norm)
+    else:
+        pooling = config.stem_pooling
+        backbone = build_backbone(name, in_channels, stem_pooling=pooling, norm=config.norm)
+    if kind != "plain":
+        stages = STAGES[1:] if name == NARROW else LAYERS[1:]
+        deform_stages(backbone, kind, stages)
+    strides = [stride for stride in backbone.strides if stride >= FINEST_STRIDE]
+    if strides[: len(config.strides)] != config.strides:
+        raise UsageError(
+            f"The maps of {name} have strides {strides}; the pyramid needs {config.strides}.",
+            do="Choose another backbone.",
+        )
+    return backbone
+
+
+def pyramid_channels(backbone: Backbone) -> list[int]:
+    """Return the channels of the maps that enter a pyramid, finest first."""
+    pairs = zip(backbone.channels, backbone.strides, strict=True)
+    return [channels for channels, stride in pairs if stride >= FINEST_STRIDE]
 
 
 def build_backbone(

@@ -131,13 +131,8 @@ def deform_roi_align(
 def _gather(rows: Tensor, neighbours: Tensor, shares: Tensor) -> Tensor:
     if not torch.compiler.is_exporting():
         return gather(rows, neighbours, shares)
-    # ONNX has no such operator: exported as it is, it becomes a loop over all bins.
-    terms = zip(neighbours.unbind(1), shares.unbind(1), strict=True)
-    index, share = next(terms)
-    pooled = rows[index] * share[:, None]
-    for index, share in terms:
-        pooled = pooled + rows[index] * share[:, None]
-    return pooled
+    # Exported as it is, it becomes a loop over all bins.
+    return torch.bmm(shares[:, None], rows[neighbours])[:, 0]
 
 
 def _sample_places(

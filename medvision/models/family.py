@@ -33,6 +33,18 @@ CRITERIA: dict[str, Callable[[Any, Tensor], nn.Module]] = {
     "retina-unet": RetinaUNetCriterion,
     "unet": SegmentationCriterion,
 }
+ENCODERS = {"unet": "encoder"}
+"""Part of a network that pretrained weights go into, where it is not called backbone."""
+
+OUTPUTS = {
+    "retinanet": ("head",),
+    "faster-rcnn": ("proposal_head", "box_head"),
+    "mask-rcnn": ("proposal_head", "box_head", "mask_branch"),
+    "retina-unet": ("head", "segmentation"),
+    "unet": ("heads",),
+}
+"""Parts of a network that give its answers."""
+
 NEED_MASKS = frozenset({"mask-rcnn", "retina-unet", "unet"})
 """Models that are trained from outlines, not from boxes alone."""
 

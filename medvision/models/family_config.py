@@ -9,7 +9,7 @@ from pydantic import BaseModel, Discriminator, Tag
 from medvision.models.config import RetinaNetConfig
 from medvision.models.retina_unet_config import RetinaUNetConfig
 from medvision.models.two_stage_config import FasterRCNNConfig, MaskRCNNConfig
-from medvision.models.unet_config import UNetConfig
+from medvision.models.unet_config import OWN_ENCODER, UNetConfig
 
 DEFAULT_MODEL = "retinanet"
 
@@ -37,3 +37,10 @@ ModelConfig = Annotated[
     | Annotated[UNetConfig, Tag("unet")],
     Discriminator(model_name),
 ]
+
+
+def backbone_name(model: ModelConfig) -> str | None:
+    """Return the name of a model's backbone; None for the U-Net's own encoder."""
+    if isinstance(model, UNetConfig):
+        return None if model.encoder == OWN_ENCODER else model.encoder
+    return model.backbone

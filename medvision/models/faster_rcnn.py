@@ -13,9 +13,8 @@ from torchvision.ops import clip_boxes_to_image, nms
 
 from medvision.errors import UsageError
 from medvision.models.anchors import level_anchors
-from medvision.models.backbone import ResNet
+from medvision.models.backbones import Backbone, make_backbone, pyramid_channels
 from medvision.models.box_coder import decode_boxes, encode_boxes
-from medvision.models.config import FINEST_STRIDE
 from medvision.models.mask_head import (
     MaskBranch,
     MaskDetections,
@@ -36,12 +35,13 @@ from medvision.models.proposals import (
     select_proposals,
 )
 from medvision.models.pyramid import FeaturePyramid
+from medvision.models.pyramid_config import FINEST_STRIDE
 from medvision.models.retinanet import InnerWindows
 from medvision.models.roi_levels import POOLINGS, LevelPooling, RoIAlign
 from medvision.models.two_stage_config import MaskRCNNConfig, RegionConfig, TwoStageConfig
 
 _PRIOR_BACKGROUND = 0.9
-_DELTA_SCALE = (10.0, 10.0, 5.0, 5.0)
+DELTA_SCALE = (10.0, 10.0, 5.0, 5.0)
 """The second stage's deltas are small; scaled so they have a deviation of about 1 (Fast R-CNN's code)."""
 
 
@@ -107,7 +107,7 @@ class FasterRCNN(nn.Module):
         self,
         config: TwoStageConfig,
         windows: nn.Module,
-        backbone: ResNet,
+        backbone: Backbone,
         pyramid: FeaturePyramid,
         proposal_head: ProposalHead,
         box_pool: LevelPooling,
@@ -140,7 +140,7 @@ class FasterRCNN(nn.Module):
         maps = self.backbone(self.windows(images))[-self.n_maps :]
         levels = self.pyramid(maps)
         objectness, moves = self.proposal_head(levels)
-        raw = RawProposals(objectness, moves, self._anchors(levels))
+        raw = RawProposals(objectness, moves, self.anchors_of(levels))
         settings, matches, masks = self.config.proposals, None, None
         if targets is None:
             regions = select_proposals(raw, size, settings, settings.post_nms_top_n)
@@ -152,7 +152,8 @@ class FasterRCNN(nn.Module):
         logits, deltas = self.box_head(self.box_pool(levels, regions))
         return RawRegions(raw, levels, size, regions, logits, deltas, masks, matches)
 
-    def _anchors(self, levels: list[Tensor]) -> list[Tensor]:
+    def anchors_of(self, levels: list[Tensor]) -> list[Tensor]:
+        """Return the anchors ``[anchors of the level, 4]`` of each level ``[batch, channel, row, column]``."""
         return [
             level_anchors(
                 (level.shape[-2], level.shape[-1]), stride, self.get_buffer(f"anchor_sizes_{index}")
@@ -186,7 +187,7 @@ class FasterRCNN(nn.Module):
         Masks are computed for the boxes that are kept alone. ``nms_thresh`` is an IoU.
         """
         counts = [len(boxes) for boxes in raw.regions]
-        scale = raw.deltas.new_tensor(_DELTA_SCALE)
+        scale = raw.deltas.new_tensor(DELTA_SCALE)
         found: list[MaskDetections] = []
         for regions, logits, deltas in zip(
             raw.regions, raw.logits.split(counts), raw.deltas.split(counts), strict=True
@@ -239,7 +240,7 @@ class FasterRCNNCriterion(nn.Module):
         )
         category = region_class_loss(raw.logits, labels, self.weights, settings)
         wanted = encode_boxes(boxes_of(matched, targets), torch.cat(raw.regions)[positive])
-        wanted = wanted * wanted.new_tensor(_DELTA_SCALE)
+        wanted = wanted * wanted.new_tensor(DELTA_SCALE)
         box = torch.zeros_like(category)
         box[positive] = functional.smooth_l1_loss(
             raw.deltas[positive], wanted, reduction="none", beta=SMOOTH_L1_BETA
@@ -275,13 +276,8 @@ def build_faster_rcnn(config: TwoStageConfig, n_slices: int, classes: int) -> Fa
         )
     windows = InnerWindows(config.inner_windows)
     in_channels = n_slices * (1 + len(config.inner_windows))
-    backbone = ResNet(in_channels, config.blocks, config.width, config.stem_pooling)
-    used = [
-        count
-        for count, stride in zip(backbone.channels, backbone.strides, strict=True)
-        if stride >= FINEST_STRIDE
-    ]
-    pyramid = FeaturePyramid(used, channels, config.pyramid)
+    backbone = make_backbone(config, in_channels)
+    pyramid = FeaturePyramid(pyramid_channels(backbone), channels, config.pyramid)
     proposal_head = ProposalHead(channels, config.anchors_per_level, config.proposals)
     level_rule = (config.strides, rule.k0, rule.canonical_size)
     pooling = POOLINGS[regions.pooling](channels, regions.pool_size, regions.sampling_ratio)

@@ -18,7 +18,9 @@ from medvision.models.matcher import BACKGROUND, IGNORED, ignore_inside, match_a
 from medvision.models.two_stage_config import ProposalConfig, RegionConfig
 
 _PRIOR = 0.01
-_SMALLEST_SIDE = 1e-3
+SMALLEST_SIDE = 1e-3
+"""Proposals with a shorter side, pixels, are no boxes."""
+
 SMOOTH_L1_BETA = 1 / 9
 """Where the box loss goes from square to linear, in anchor sizes (Faster R-CNN's own code)."""
 
@@ -106,7 +108,7 @@ def _select(
         numbers.append(torch.full_like(order, number))
     cut = clip_boxes_to_image(torch.cat(boxes), size)
     # Not a number is not above any side either: RoIAlign must never see such a box.
-    good = torch.where(((cut[:, 2:] - cut[:, :2]) >= _SMALLEST_SIDE).all(dim=1))[0]
+    good = torch.where(((cut[:, 2:] - cut[:, :2]) >= SMALLEST_SIDE).all(dim=1))[0]
     cut, score, level = cut[good], torch.cat(scores)[good], torch.cat(numbers)[good]
     return cut[batched_nms(cut, score, level, config.nms_thresh)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medvision.models.config import PyramidPaths
+from medvision.models.pyramid_config import PyramidPaths
 
 
 class FeaturePyramid(nn.Module):

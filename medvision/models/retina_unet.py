@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from medvision.errors import UsageError
 from medvision.models.anchors import AnchorSizes
-from medvision.models.backbone import ResNet
+from medvision.models.backbones import Backbone
 from medvision.models.criterion import Criterion, Target
 from medvision.models.mask_head import MaskDetections
 from medvision.models.postprocess import select_detections
@@ -89,7 +89,7 @@ class RetinaUNet(RetinaNet):
     def __init__(
         self,
         windows: InnerWindows,
-        backbone: ResNet,
+        backbone: Backbone,
         pyramid: FeaturePyramid,
         head: Head,
         anchor_sizes: AnchorSizes,

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medvision.models.anchors import AnchorSizes, level_anchors
-from medvision.models.backbone import ResNet
+from medvision.models.backbones import Backbone, make_backbone, pyramid_channels
 from medvision.models.box_coder import decode_boxes
-from medvision.models.config import FINEST_STRIDE, RetinaNetConfig
+from medvision.models.config import RetinaNetConfig
 from medvision.models.pyramid import FeaturePyramid
+from medvision.models.pyramid_config import FINEST_STRIDE
 
 _PRIOR = 0.01
 
@@ -41,7 +42,7 @@ class RetinaNet(nn.Module):
     def __init__(
         self,
         windows: InnerWindows,
-        backbone: ResNet,
+        backbone: Backbone,
         pyramid: FeaturePyramid,
         head: Head,
         anchor_sizes: AnchorSizes,
@@ -168,19 +169,15 @@ def _per_anchor(output: Tensor, values: int) -> Tensor:
     return split.permute(0, 3, 4, 1, 2).reshape(batch, -1, values)
 
 
-DetectorParts = tuple[InnerWindows, ResNet, FeaturePyramid, Head]
+DetectorParts = tuple[InnerWindows, Backbone, FeaturePyramid, Head]
 
 
 def build_parts(config: RetinaNetConfig, n_slices: int, classes: int) -> DetectorParts:
     """Make what a RetinaNet is assembled from, in the order in which it draws its first weights."""
     windows = InnerWindows(config.inner_windows)
     in_channels = n_slices * (1 + len(config.inner_windows))
-    backbone = ResNet(in_channels, config.blocks, config.width, config.stem_pooling)
-    used = [
-        channels
-        for channels, stride in zip(backbone.channels, backbone.strides, strict=True)
-        if stride >= FINEST_STRIDE
-    ]
+    backbone = make_backbone(config, in_channels)
+    used = pyramid_channels(backbone)
     pyramid = FeaturePyramid(used, config.pyramid_channels, config.pyramid)
     shapes = config.anchors_per_level
     head = Head(config.pyramid_channels, config.head_depth, pyramid.levels, shapes, classes)

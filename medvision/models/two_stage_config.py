@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from medvision.models.config import FINEST_STRIDE, STEM_STRIDE, PyramidPaths
+from medvision.models.pyramid_config import PyramidConfig
 
 
 def _check_order(background_iou: float, foreground_iou: float) -> None:
@@ -113,50 +113,12 @@ class MaskConfig(_Part):
     mask_thresh: float = Field(0.5, gt=0, lt=1, description="probability of a pixel of the mask")
 
 
-class TwoStageConfig(_Part):
+class TwoStageConfig(PyramidConfig):
     """What Faster R-CNN and Mask R-CNN have in common: all but the masks."""
 
-    blocks: tuple[int, int, int, int] = Field((2, 2, 2, 2), description="blocks a stage; ResNet-18")
-    width: int = Field(32, ge=8, description="channels of the first stage; doubled at each next")
-    stem_pooling: bool = Field(
-        False, description="the max pooling after the stem; off keeps P2 sharp"
-    )
-    inner_windows: tuple[tuple[float, float], ...] = Field(
-        ((0.0, 0.5),), description="further windows, in shares of the stack's; none: ()"
-    )
-    pyramid_channels: int = Field(64, ge=8, description="channels of every pyramid level")
-    pyramid: PyramidPaths = Field(
-        "full", description="paths of the pyramid; the others are ablations; finest-only: one level"
-    )
-    anchors_per_level: int = Field(2, ge=1, description="anchor shapes at each position of a level")
-    anchor_sizes: tuple[tuple[tuple[float, float], ...], ...] = Field(
-        (), description="width, height in pixels of each level's anchors; none: fitted to the data"
-    )
     proposals: ProposalConfig = ProposalConfig()
     level_rule: LevelRuleConfig = LevelRuleConfig()
     regions: RegionConfig = RegionConfig()
-
-    @property
-    def strides(self) -> list[int]:
-        """Strides of the pyramid levels, finest first, in pixels."""
-        first = STEM_STRIDE * (2 if self.stem_pooling else 1)
-        used = [first << index for index in range(4) if first << index >= FINEST_STRIDE]
-        return used[:1] if self.pyramid == "finest-only" else used
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TwoStageConfig:
-        for low, high in self.inner_windows:
-            if not 0 <= low < high <= 1:
-                raise ValueError(
-                    f"each of inner_windows must be low, high with 0 <= low < high <= 1; got {low}, {high}"
-                )
-        given = [len(level) for level in self.anchor_sizes]
-        wanted = [self.anchors_per_level] * len(self.strides)
-        if given and given != wanted:
-            raise ValueError(f"anchor_sizes must hold {wanted} sizes a level; got {given}")
-        if any(side <= 0 for level in self.anchor_sizes for size in level for side in size):
-            raise ValueError("anchor_sizes must be above 0 pixels")
-        return self
 
 
 class FasterRCNNConfig(TwoStageConfig):

@@ -36,7 +36,8 @@ DEFAULT_WEIGHTS = "imagenet"
 
 _FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 _PREFIXES = ("", "backbone.", "encoder.", "network.backbone.", "backbone.body.", "body.")
-_COUNTER = "num_batches_tracked"
+_OWN = ("num_batches_tracked", "offset_weight", "offset_bias")
+"""Entries that published weights need not have: a counter, and what only deformable layers learn."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _under_wanted_names(
 
 
 def _check(wanted: Mapping[str, Tensor], named: Mapping[str, Tensor], source: str) -> None:
-    needed = [name for name in wanted if not name.endswith(_COUNTER)]
+    needed = [name for name in wanted if not name.endswith(_OWN)]
     missing = [name for name in needed if name not in named]
     other = [name for name in needed if name in named and named[name].shape != wanted[name].shape]
     if not missing and not other:

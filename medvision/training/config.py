@@ -10,10 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from medvision.errors import UsageError
 from medvision.findings.config import PredictConfig
 from medvision.models.config import RetinaNetConfig
-from medvision.models.family_config import ModelConfig
+from medvision.models.family_config import ModelConfig, backbone_name
+from medvision.models.unet_config import UNetConfig
 from medvision.stacks.augment import AugmentConfig
 from medvision.stacks.config import StackConfig
 from medvision.training.settings_help import unknown_in_file
+from medvision.training.transfer import Transfer
 
 
 class SamplingConfig(BaseModel):
@@ -79,6 +81,15 @@ class TrainConfig(BaseModel):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     workers: int = Field(0, ge=0, description="processes that prepare crops; 0: the main one")
+    weights: str | None = Field(
+        None,
+        min_length=1,
+        description="pretrained weights of the backbone: imagenet, another published name, or a file",
+    )
+    transfer: Transfer = Field(
+        "auto",
+        description="what of pretrained weights learns: probe, frozen, finetune, scratch, or auto",
+    )
     stack: StackConfig = StackConfig()
     sampling: SamplingConfig = SamplingConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -92,6 +103,31 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"sampling.crop_size must be a multiple of {coarsest}, the coarsest stride of the model; "
                 f"got {self.sampling.crop_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _crops_fit_the_unet(self) -> TrainConfig:
+        if isinstance(self.model, UNetConfig) and self.model.padding == "valid":
+            raise ValueError(
+                "model.padding must be same for training and prediction, where the output covers the "
+                "input; valid is the paper's, for use of the network by itself"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit_the_transfer(self) -> TrainConfig:
+        if self.weights is None and self.transfer not in ("auto", "scratch"):
+            raise ValueError(
+                f"transfer {self.transfer} needs pretrained weights: set weights to imagenet or a file"
+            )
+        if self.weights is not None and self.transfer == "scratch":
+            raise ValueError(
+                "transfer scratch starts from nothing: leave out weights, or the transfer"
+            )
+        if self.weights is not None and backbone_name(self.model) is None:
+            raise ValueError(
+                "weights need a named backbone: set model.encoder to one, such as resnet18"
             )
         return self
 

@@ -18,6 +18,7 @@ from medvision.models.criterion import Target
 from medvision.models.family import forward_training
 from medvision.training.config import TrainConfig
 from medvision.training.samples import Sample, collate
+from medvision.training.transfer import TransferPlan, set_training
 
 MOST_SKIPPED_IN_A_ROW = 20
 
@@ -32,6 +33,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     device: Device
     config: TrainConfig
+    plan: TransferPlan
 
     def step(
         self, images: Tensor, targets: list[Target], progress: float
@@ -41,10 +43,10 @@ class Trainer:
         Returns None, and leaves all weights and statistics as they are, if the loss or its gradient is
         not finite.
         """
+        set_training(self.network, self.plan, progress)
+        factor = rate_factor(progress, self.config.warmup_share)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * rate_factor(
-                progress, self.config.warmup_share
-            )
+            group["lr"] = self.config.learning_rate * factor * group["rate"]
         images = images.to(self.device.torch_device, memory_format=torch.channels_last)
         statistics = [value.clone() for value in self.network.buffers()]
         on_device = [_to_device(target, self.device.torch_device) for target in targets]

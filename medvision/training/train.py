@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from torch import nn
 
 from medvision.detector import (
     BEST_WEIGHTS,
@@ -23,7 +26,9 @@ from medvision.detector import (
 from medvision.device import Device, choose_device
 from medvision.errors import InputError, UsageError
 from medvision.files import atomic_write_text
-from medvision.models.family import build_criterion, build_model
+from medvision.models.family import ENCODERS, OUTPUTS, build_criterion, build_model
+from medvision.models.family_config import backbone_name
+from medvision.models.weights import load_pretrained
 from medvision.progress import ProgressCallback, StopCallback, ignore_progress, never_stop
 from medvision.training.checkpoint import TrainState, read_state, restore_checkpoint
 from medvision.training.config import TrainConfig
@@ -31,9 +36,16 @@ from medvision.training.hard_negatives import HARD_NEGATIVES_FILE
 from medvision.training.loop import Trainer
 from medvision.training.prepare import TrainingData, count_lesions, fit_detector, prepare_data
 from medvision.training.session import METRICS_FILE, Session
+from medvision.training.transfer import (
+    TransferPlan,
+    choose_transfer,
+    parameter_groups,
+    plan_transfer,
+)
 
 CONFIG_FILE = "config.json"
 SPLIT_FILE = "split.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,7 @@ class TrainSummary:
     best_step: int
     skipped_steps: int
     device: str
+    transfer: str
 
 
 def train(
@@ -134,7 +147,7 @@ def _train(
         cases, pixel_mm = prepare_data(data, run, config, on_progress)
         detector = fit_detector(cases, config, pixel_mm)
         _write_run_files(run, config, detector, cases)
-    trainer = make_trainer(config, detector, cases, device)
+    trainer = make_trainer(config, detector, cases, device, resumed=state.step > 0)
     if state.step:
         restore_checkpoint(run, state, trainer.network, trainer.average, trainer.optimizer)
     session = Session(run, config, detector, cases, trainer, state, on_progress, should_stop)
@@ -153,6 +166,7 @@ def _train(
         best_step=state.best_step,
         skipped_steps=state.skipped_steps,
         device=device.name,
+        transfer=trainer.plan.why,
     )
 
 
@@ -195,24 +209,25 @@ def _write_run_files(
 
 
 def make_trainer(
-    config: TrainConfig, detector: DetectorConfig, cases: TrainingData, device: Device
+    config: TrainConfig,
+    detector: DetectorConfig,
+    cases: TrainingData,
+    device: Device,
+    *,
+    resumed: bool = False,
 ) -> Trainer:
-    """Build the network, its average, the criterion and the optimizer, from the run's seed."""
+    """Build the network, its average, the criterion and the optimizer, from the run's seed.
+
+    Pretrained weights are loaded unless the run is ``resumed``: its checkpoint then holds what came of them.
+    """
     torch.manual_seed(config.seed)
     network = build_model(detector.model, detector.stack.n_slices, len(detector.class_names))
-    network = network.to(device.torch_device).to(memory_format=torch.channels_last)
     counts = count_lesions(cases.training)
+    plan = _transfer(network, config, counts, resumed)
+    network = network.to(device.torch_device).to(memory_format=torch.channels_last)
     weights = _class_weights([counts.get(name, 1) for name in detector.class_names])
-    decayed = [value for value in network.parameters() if value.ndim > 1]
-    plain = [value for value in network.parameters() if value.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            # Norms and biases are not decayed: it would only shift what the data say.
-            {"params": plain, "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-    )
+    groups = parameter_groups(network, plan, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
     return Trainer(
         network=network,
         average=copy.deepcopy(network),
@@ -220,7 +235,24 @@ def make_trainer(
         optimizer=optimizer,
         device=device,
         config=config,
+        plan=plan,
     )
+
+
+def _transfer(
+    network: nn.Module, config: TrainConfig, counts: dict[str, int], resumed: bool
+) -> TransferPlan:
+    """Load pretrained weights, if the settings name some, and decide what of the network learns."""
+    mode, why = choose_transfer(config.transfer, counts, config.weights is not None)
+    encoder = ENCODERS.get(config.model.name, "backbone")
+    name = backbone_name(config.model)
+    if config.weights is not None and name is not None and not resumed:
+        # The validator of the settings lets no other part be given weights.
+        part: Any = network.get_submodule(encoder)
+        source = load_pretrained(part, name, config.weights)
+        why = f"{why} Weights: {source}."
+    logger.info("Transfer %s", why)
+    return plan_transfer(network, mode, why, encoder=(encoder,), outputs=OUTPUTS[config.model.name])
 
 
 def _class_weights(counts: list[int]) -> torch.Tensor:

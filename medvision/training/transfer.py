@@ -17,6 +17,9 @@ FEW_EXAMPLES = 16
 """Below this mean count of examples a class, ``auto`` leaves the encoder as it is."""
 ENCODER_RATE = 0.1
 HEAD_WARMUP_SHARE = 0.1
+OFFSET_RATE = 0.1
+"""Rate of the branches that predict offsets, as in both papers on deformable convolution."""
+_OFFSETS = ("offset_weight", "offset_bias")
 
 
 @dataclass(frozen=True)
@@ -144,26 +147,24 @@ def set_training(network: nn.Module, plan: TransferPlan, progress: float) -> Non
 def parameter_groups(
     network: nn.Module, plan: TransferPlan, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: those of the head, then the encoder's, without what is frozen.
+    """Return the optimizer's groups, by falling rate, without what is frozen.
 
-    ``rate`` in a group is what the run's learning rate is multiplied by. Norms and biases are not
-    decayed: it would only shift what the data say.
+    ``rate`` in a group is what the run's learning rate is multiplied by: 1 for the head, less for the encoder
+    and for the offsets of deformable layers. Norms and biases are not decayed: it would only shift
+    what the data say.
     """
-    groups: list[dict[str, Any]] = []
-    slow = _of(network, plan.encoder)
-    frozen = _of(network, plan.frozen)
-    for in_encoder, rate in ((False, 1.0), (True, plan.encoder_rate)):
-        values = [
-            value
-            for value in network.parameters()
-            if id(value) not in frozen and (id(value) in slow) == in_encoder
-        ]
-        matrices = [value for value in values if value.ndim > 1]
-        vectors = [value for value in values if value.ndim <= 1]
-        for part, decay in ((matrices, weight_decay), (vectors, 0.0)):
-            if part:
-                groups.append({"params": part, "weight_decay": decay, "rate": rate})
-    return groups
+    slow, frozen = _of(network, plan.encoder), _of(network, plan.frozen)
+    by_kind: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, value in network.named_parameters():
+        if id(value) in frozen:
+            continue
+        rate = plan.encoder_rate if id(value) in slow else 1.0
+        rate *= OFFSET_RATE if name.endswith(_OFFSETS) else 1.0
+        decay = weight_decay if value.ndim > 1 else 0.0
+        by_kind.setdefault((rate, decay), []).append(value)
+    # Decayed ones first: a resumed run must find the groups in the order that it saved them in.
+    order = sorted(by_kind, key=lambda kind: (-kind[0], -kind[1]))
+    return [{"params": by_kind[kind], "weight_decay": kind[1], "rate": kind[0]} for kind in order]
 
 
 def _of(network: nn.Module, names: Sequence[str]) -> set[int]:
