@@ -334,7 +334,7 @@ def test_a_network_can_learn_two_images_by_heart(name: str) -> None:
     network = build_faster_rcnn(config, 3, 2)
     criterion = FasterRCNNCriterion(config, torch.ones(2))
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
-    steps = 100
+    steps = 160
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 3e-3 * rate_factor(step / steps, 0.1)
         losses = criterion(network(images, targets), targets)

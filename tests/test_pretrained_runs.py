@@ -35,7 +35,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     backbone = build_backbone("resnet18", 3)
     tensors = {
-        name: torch.rand_like(value) * 0.1 if value.is_floating_point() else value
+        name: value + 0.01 * torch.rand_like(value) if value.is_floating_point() else value
         for name, value in backbone.state_dict().items()
     }
     path = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from training_support import case_with, small
 
 from medvision.datasets.discover import LoadedCase, find_cases, load_case
@@ -39,7 +40,7 @@ from medvision.training.hard_negatives import (
     load_hard_negatives,
     save_hard_negatives,
 )
-from medvision.training.loop import Clock, SkipGuard, rate_factor
+from medvision.training.loop import Clock, SkipGuard, rate_factor, update_average
 from medvision.training.samples import CropSampler, find_training_lesions, lesion_weights
 from medvision.training.targets import make_target
 from medvision.training.train import train
@@ -330,3 +331,23 @@ def test_a_finding_on_or_next_to_a_lesion_is_no_hard_negative(
         (z + 3, top + 3, left + 4, pytest.approx(0.6)),
     ]
     assert 2.5 < asked["every"] * case.volume.spacing_mm[0] <= 5.0
+
+
+def test_the_average_looks_back_over_a_share_of_the_steps() -> None:
+    network, average = nn.Linear(1, 1), nn.Linear(1, 1)
+    seen = []
+    for number in range(200):
+        with torch.no_grad():
+            network.weight.fill_(float(number))
+        update_average(average, network, 0.25, number)
+        seen.append(average.weight.item())
+    assert seen[0] == 0.0
+    # Weights that grow as (t / T)^(1/share - 1) have the mean age share / (1 + share) of the steps.
+    assert 199 - seen[-1] == pytest.approx(200 * 0.25 / 1.25, rel=0.05)
+    assert 99 - seen[99] == pytest.approx(100 * 0.25 / 1.25, rel=0.1)
+
+
+def test_without_a_share_the_average_is_the_network() -> None:
+    network, average = nn.Linear(2, 2), nn.Linear(2, 2)
+    update_average(average, network, 0.0, 7)
+    assert torch.equal(average.weight, network.weight)

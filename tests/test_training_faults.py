@@ -108,7 +108,7 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(phantom_data: Path, tmp_path
         "ignored": torch.empty(0, 4),
     }
     images = torch.full((2, 3, 32, 32), torch.nan)
-    assert trainer.step(images, [target, target], 0.5) is None  # type: ignore[list-item]
+    assert trainer.step(images, [target, target], 0.5, 3) is None  # type: ignore[list-item]
     after = trainer.network.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 

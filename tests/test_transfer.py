@@ -56,7 +56,7 @@ def trained(
         (network(torch.randn(2, 2, 64, 64)) - 3).square().sum().backward()
         nn.utils.clip_grad_norm_(network.parameters(), 5.0)
         optimizer.step()
-        update_average(average, network, 0.9, progress)
+        update_average(average, network, 0.9, step)
     return average.state_dict()
 
 

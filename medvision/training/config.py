@@ -74,7 +74,12 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(0.02, ge=0, description="AdamW")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the run with rising rate")
     gradient_clip: float = Field(5.0, gt=0, description="largest norm of the gradient")
-    average_decay: float = Field(0.995, ge=0, lt=1, description="decay of the averaged weights")
+    average_share: float = Field(
+        0.33,
+        ge=0,
+        le=1,
+        description="share of the steps so far over which the weights that are kept are averaged",
+    )
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of patients held out")
     validations: int = Field(2, ge=1, description="times the held-out scans are looked at")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")

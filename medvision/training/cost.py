@@ -110,7 +110,7 @@ def _time_steps(
     trainer.network.train()
     times = [monotonic()]
     for number, (images, targets, _) in enumerate(batches(dataset, config, 0), start=1):
-        trainer.step(images, targets, progress=number / trainer.config.steps)
+        trainer.step(images, targets, number / trainer.config.steps, number)
         _wait(trainer.device)
         times.append(monotonic())
         on_progress(Progress("try steps", number, config.steps, "steps"))

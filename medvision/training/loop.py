@@ -36,9 +36,9 @@ class Trainer:
     plan: TransferPlan
 
     def step(
-        self, images: Tensor, targets: list[Target], progress: float
+        self, images: Tensor, targets: list[Target], progress: float, number: int
     ) -> dict[str, float] | None:
-        """Train on one batch at ``progress`` (0..1) of the run; return the losses.
+        """Train on one batch at ``progress`` (0..1) of the run, step ``number`` of it; return the losses.
 
         Returns None, and leaves all weights and statistics as they are, if the loss or its gradient is
         not finite.
@@ -61,7 +61,7 @@ class Trainer:
             self._restore(statistics)
             return None
         self.optimizer.step()
-        update_average(self.average, self.network, self.config.average_decay, progress)
+        update_average(self.average, self.network, self.config.average_share, number)
         return {"loss": total.item(), **{name: value.item() for name, value in losses.items()}}
 
     @torch.no_grad()
@@ -80,9 +80,14 @@ def rate_factor(progress: float, warmup_share: float) -> float:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float, progress: float) -> None:
-    """Move the averaged weights towards the network's; faster at the beginning of a run."""
-    decay = min(decay, 10 * progress)
+def update_average(average: nn.Module, network: nn.Module, share: float, number: int) -> None:
+    """Move the averaged weights towards the network's after step ``number`` (from 0).
+
+    The mean decays over ``share`` of the steps so far, so that it means the same in a run of any length; from
+    the first step on it holds nothing of the random start. A longer mean is less sure of single structures
+    that no training scan shows (Izmailov et al., Averaging Weights Leads to Wider Optima, UAI 2018).
+    """
+    decay = 1 - 1 / (1 + share * number)
     live = network.state_dict()
     for name, value in average.state_dict().items():
         if value.dtype.is_floating_point:

@@ -97,7 +97,7 @@ class Session:
         saved = monotonic()
         self.trainer.network.train()
         for images, targets, names in batches(dataset, self.config, state.step):
-            losses = self.trainer.step(images, targets, progress)
+            losses = self.trainer.step(images, targets, progress, state.step)
             self._guard.note(losses is not None, names)
             state.step += 1
             state.seconds = clock.seconds
