@@ -84,7 +84,7 @@ def check_packages() -> Iterable[Check]:
 
 def check_processor() -> Iterable[Check]:
     """Give the processor's name, its usable cores and the instructions that speed up medvision."""
-    model, flags = _read_cpuinfo()
+    model, flags = read_cpuinfo()
     yield Check("Processor", "ok", model or platform.machine())
     yield Check("Cores", "ok", f"{_usable_cores():g} usable of {os.cpu_count()}")
     for name, any_of in _PROCESSOR_FEATURES.items():
@@ -146,7 +146,7 @@ def _version_of(name: str) -> str | None:
         return None
 
 
-def _read_cpuinfo(path: Path = Path("/proc/cpuinfo")) -> tuple[str, set[str]]:
+def read_cpuinfo(path: Path = Path("/proc/cpuinfo")) -> tuple[str, set[str]]:
     """Return the model name and the feature flags; empty where the system does not tell."""
     try:
         text = path.read_text(errors="replace")

@@ -77,7 +77,8 @@ def run(function: Any, values: list[Tensor | None], constants: dict[str, Any]) -
     leaves = [None if v is None else v.clone().requires_grad_() for v in values]
     maps, offset, weight, bias, mask = leaves
     output = function(maps, offset, weight, bias, mask=mask, **constants)
-    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=output.dtype)
+    # Drawn in one type: a generator gives other numbers in another.
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(9)).to(output.dtype)
     output.backward(grad)
     return [output.detach()] + [v.grad for v in leaves if v is not None and v.grad is not None]
 

@@ -91,10 +91,10 @@ def test_processor_features_are_read_from_cpuinfo(tmp_path: Path) -> None:
         "processor\t: 0\nmodel name\t: Big CPU\nflags\t\t: fpu avx2 avx512f amx_tile amx_bf16\n"
         "\nprocessor\t: 1\nmodel name\t: Big CPU\n"
     )
-    model, flags = doctor._read_cpuinfo(cpuinfo)
+    model, flags = doctor.read_cpuinfo(cpuinfo)
     assert model == "Big CPU"
     assert flags == {"fpu", "avx2", "avx512f", "amx_tile", "amx_bf16"}
-    assert doctor._read_cpuinfo(tmp_path / "none") == ("", set())
+    assert doctor.read_cpuinfo(tmp_path / "none") == ("", set())
 
 
 def test_a_container_limits_the_cores(tmp_path: Path) -> None:
