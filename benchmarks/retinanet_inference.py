@@ -140,7 +140,7 @@ def compare_precisions(run: Path, data: Path) -> None:
     """Print what the same weights find in both types, without mirror images."""
     network, config, _ = load_detector(run)
     network = network.to(memory_format=torch.channels_last)
-    plain = config.predict.model_copy(update={"flips": False})
+    plain = config.predict.plain()
     config = config.model_copy(update={"predict": plain})
     cases = [load_case(case) for case in find_cases(data).cases]
     for precision in PRECISIONS:

@@ -32,18 +32,19 @@ def resolve_config(
     A source is the file's path, ``--set`` or the option, such as ``--max-minutes``. ``options`` may have
     dotted names; that of ``model.name`` is ``--model``.
     """
-    from medvision.training.config import TrainConfig, load_train_config, make_train_config
+    from medvision.training.config import TrainConfig, make_train_config, read_settings
 
     if file is not None:
         check_exists(file, "The settings file")
-    base = load_train_config(file) if file else make_train_config({}, "the defaults")
+    from_file = read_settings(file) if file else {}
     names = setting_names(TrainConfig)
     pairs = parse_settings(settings, names)
     given = {name: value for name, value in options.items() if value is not None}
-    # Only what the file itself gives: the defaults of one model are no settings of another.
-    from_file = base.model_dump(exclude_unset=True)
+    # Checked as a whole: an option may give what a setting in the file asks for.
     changed = merge_settings(from_file, pairs | given)
-    config = make_train_config(changed, "--set and other options")
+    options_text = "--set and other options" if pairs or given else None
+    where = [str(part) for part in (file, options_text) if part is not None]
+    config = make_train_config(changed, " with ".join(where))
     sources = dict.fromkeys(given_names(from_file, names), str(file))
     sources |= dict.fromkeys(pairs, "--set")
     sources |= {name: f"--{name.removesuffix('.name').replace('_', '-')}" for name in given}
@@ -79,5 +80,10 @@ def merge_settings(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
     merged = dict(values)
     for name, value in changes.items():
         head, dot, rest = name.partition(".")
+        if dot and not isinstance(merged.get(head, {}), Mapping):
+            raise UsageError(
+                f"Setting {head!r} must be a table of names and values; got {merged[head]!r}.",
+                do=f"Write {head}: {{{rest}: ...}} in the file.",
+            )
         merged[head] = merge_settings(merged.get(head, {}), {rest: value}) if dot else value
     return merged

@@ -146,8 +146,8 @@ def train(
     """Train a lesion detector on a folder of labelled scans.
 
     Settings are taken from the defaults, then from --config, then from --set and the other
-    options. A scan with an empty label file is healthy; a scan without one is left out. A run that
-    is interrupted is saved, and goes on with --resume.
+    options; with --resume from the run itself. A scan with an empty label file is healthy; a scan
+    without one is left out. A run that is interrupted is saved, and goes on with --resume.
     """
     session: Session = context.obj
     session.start(json=json, quiet=quiet, debug=debug)
@@ -163,6 +163,8 @@ def train(
         "seed": seed,
         "device": device,
     }
+    if resume and config is None and (run / "config.json").is_file():
+        config = run / "config.json"
     train_config, sources = resolve_config(config, settings or [], chosen)
     if dry_run:
         return _dry_run(session, data, train_config, sources)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from medvision.findings.assemble import make_finding
 from medvision.findings.components import ProbabilityVolume, find_components_as_findings
 from medvision.findings.config import PredictConfig
 from medvision.findings.finding import Finding, ScanFindings
+from medvision.findings.fuse import fuse_looks
 from medvision.findings.merge import SliceDetections, link_slices
 from medvision.findings.outline import Outline
 from medvision.geometry import Box
@@ -87,10 +89,10 @@ def find_lesions(
     on_progress: ProgressCallback = ignore_progress,
 ) -> tuple[Finding, ...]:
     """Return findings and candidates by falling score, boxes in the volume's own voxel edges."""
-    seen = resample_inplane(volume, config.pixel_mm)
-    window = body_box(seen.array, volume.source.modality or config.modality)
     lowest = min(config.predict.candidate_thresh, config.predict.score_thresh)
     if config.model.name == "unet":
+        seen = resample_inplane(volume, config.pixel_mm)
+        window = body_box(seen.array, volume.source.modality or config.modality)
         return find_components_as_findings(
             segment_slices(seen, window, network, config, device, on_progress),
             config.predict.components,
@@ -100,8 +102,7 @@ def find_lesions(
             lowest_score=lowest,
             most=config.predict.findings_per_scan,
         )
-    detections = detect_slices(seen, window, network, config, device, on_progress)
-    detections = detections.scaled(volume.shape[1] / seen.shape[1], volume.shape[2] / seen.shape[2])
+    detections = detect_at_scales(volume, network, config, device, on_progress)
     depth = score_depth(volume, config.predict)
     lesions = link_slices(detections, config.predict, depth)[: config.predict.findings_per_scan]
     kept = [lesion for lesion in lesions if lesion.score >= lowest]
@@ -109,6 +110,46 @@ def find_lesions(
         make_finding(number, lesion, detections, config.class_names, volume.shape, volume.affine)
         for number, lesion in enumerate(kept, start=1)
     )
+
+
+def detect_at_scales(
+    volume: Volume,
+    network: nn.Module,
+    config: DetectorConfig,
+    device: Device,
+    on_progress: ProgressCallback = ignore_progress,
+) -> SliceDetections:
+    """Run the network over a volume in each of the pixel sizes ``predict.scales``; boxes in its own pixels.
+
+    A lesion is one at any size, what only resembles one at a single size is not: the fused score tells them
+    apart. Mirror images are averaged at the first size alone, the others would cost four times as much.
+    """
+    settings, looks = config.predict, []
+    for number, scale in enumerate(settings.scales):
+        seen = resample_inplane(volume, config.pixel_mm * scale)
+        window = body_box(seen.array, volume.source.modality or config.modality)
+        own = settings.model_copy(update={"flips": settings.flips and number == 0})
+        found = detect_slices(
+            seen,
+            window,
+            network,
+            config.model_copy(update={"predict": own}),
+            device,
+            _counted_on(on_progress, number, len(settings.scales)),
+        )
+        height, width = (volume.shape[axis] / seen.shape[axis] for axis in (1, 2))
+        looks.append(found.scaled(height, width))
+    return fuse_looks(looks, settings.nms_thresh, settings.box_score_thresh)
+
+
+def _counted_on(on_progress: ProgressCallback, number: int, looks: int) -> ProgressCallback:
+    """Return a callback that counts the slices of look ``number`` as a part of all ``looks``."""
+
+    def report(progress: Progress) -> None:
+        done = progress.done + number * progress.total
+        on_progress(replace(progress, done=done, total=looks * progress.total))
+
+    return report
 
 
 def score_depth(volume: Volume, config: PredictConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ FLIPPED = make_affine([50.0, 60.0, 70.0], [0, 0, -1], [0, -1, 0], [-1, 0, 0], [2
 PLAIN = make_affine([0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 0], [1.25, 0.7, 0.7])
 
 
-def config(**predict: float) -> DetectorConfig:
+def config(**predict: Any) -> DetectorConfig:
     # The stand-in for a network has no grid of anchors to mirror.
     predict = {"flips": False, **predict}
     return DetectorConfig(
@@ -72,15 +73,17 @@ class BrightSpots(nn.Module):
 
 @pytest.mark.parametrize("affine", [OBLIQUE, FLIPPED, PLAIN], ids=["oblique", "flipped", "plain"])
 @pytest.mark.parametrize("shape", [(9, 90, 64), (1, 70, 120)], ids=["many", "single"])
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 0.8, 1.25)], ids=["one look", "three looks"])
 def test_a_bright_spot_is_found_where_it_is(
-    affine: np.ndarray, shape: tuple[int, int, int]
+    affine: np.ndarray, shape: tuple[int, int, int], scales: tuple[float, ...]
 ) -> None:
     array = np.full(shape, -1000, dtype=np.int16)
     array[:, 15:60, 8:56] = -100
     spot = Box(0, 30, 20, 1, 42, 32) if shape[0] == 1 else Box(3, 30, 20, 6, 42, 32)
     array[spot.slices] = 400
     volume = Volume(array, affine, ScanSource(modality="CT"))
-    findings = find_lesions(volume, BrightSpots(), config(), choose_device("cpu", "float32"))
+    settings = config(scales=scales)
+    findings = find_lesions(volume, BrightSpots(), settings, choose_device("cpu", "float32"))
     assert len(findings) == 1
     finding = findings[0]
     # Resampling by up to 1.4 and a threshold at 0.9 move an edge by a pixel at most.
@@ -90,6 +93,15 @@ def test_a_bright_spot_is_found_where_it_is(
     np.testing.assert_allclose(
         finding.center_mm, volume.index_to_patient(spot.center_index), atol=0.5
     )
+
+
+def test_slices_are_counted_over_all_looks() -> None:
+    volume = Volume(np.full((4, 40, 40), -1000, dtype=np.int16), PLAIN, ScanSource(modality="CT"))
+    seen: list[tuple[int, int]] = []
+    device = choose_device("cpu", "float32")
+    settings = config(scales=(1.0, 0.8), batch_size=3)
+    find_lesions(volume, BrightSpots(), settings, device, lambda p: seen.append((p.done, p.total)))
+    assert seen == [(3, 8), (4, 8), (7, 8), (8, 8)]
 
 
 def test_a_scan_without_anything_has_no_findings() -> None:

@@ -141,6 +141,14 @@ def test_a_resumed_run_needs_the_file_no_more(
     [
         ({"transfer": "frozen"}, "needs pretrained weights"),
         ({"transfer": "scratch", "weights": "imagenet"}, "starts from nothing"),
+        (
+            {
+                "model": {"backbone": "resnet18", "norm": "group"},
+                "weights": "imagenet",
+                "transfer": "frozen",
+            },
+            "must learn",
+        ),
         ({"model": {"name": "unet"}, "weights": "imagenet"}, "model.encoder"),
         ({"model": {"name": "unet", "padding": "valid"}}, "padding must be same"),
         ({"model": {"backbone": "resnet50", "width": 8}}, "width can be set for resnet18-narrow"),
@@ -225,3 +233,47 @@ def test_real_imagenet_weights_of_a_package_train_a_detector(
     load_pretrained(reference, "timm/tf_efficientnet_lite0", "imagenet")
     for key, value in reference.state_dict().items():
         assert torch.equal(after[key], value), key
+
+
+def test_auto_lets_a_changed_backbone_learn(
+    phantom_data: Path, tmp_path: Path, weights: Path
+) -> None:
+    model = {**RESNET, "stage_convolution": "deformable"}
+    done = train(phantom_data, tmp_path, small(model=model, weights=str(weights), steps=1))
+    assert done.transfer.startswith("finetune: other norms or convolutions")
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "words"),
+    [
+        ({}, "imagenet", "no published weights of resnet18-narrow"),
+        (RESNET, "nowhere/file.pth", "must exist"),
+        (RESNET, "imagenet.pth", "must exist"),
+        ({**RESNET, "backbone": "resnet19"}, "imagenet", "Did you mean resnet"),
+        (RESNET, ".", "this is a folder"),
+    ],
+)
+def test_impossible_weights_are_refused_before_any_scan_is_read(
+    tmp_path: Path, model: dict[str, object], weights: str, words: str
+) -> None:
+    # There is no data at all: whatever read it first would say so.
+    with pytest.raises(UsageError, match=words):
+        train(tmp_path / "no data", tmp_path / "run", small(model=model, weights=weights))
+
+
+def test_a_published_checkpoint_of_a_whole_detector_expects_normalised_colours(
+    tmp_path: Path,
+) -> None:
+    backbone = build_backbone("resnet18", 3)
+    inner = {f"backbone.body.{name}": value for name, value in backbone.state_dict().items()}
+    save_file(inner, tmp_path / "theirs.safetensors")
+    own = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    own["pyramid.lateral.0.weight"] = torch.zeros(1)
+    save_file(own, tmp_path / "ours.safetensors")
+    theirs, ours = (build_backbone("resnet18", 3) for _ in range(2))
+    load_pretrained(theirs, "resnet18", str(tmp_path / "theirs.safetensors"))
+    load_pretrained(ours, "resnet18", str(tmp_path / "ours.safetensors"))
+    assert torch.equal(ours.state_dict()["conv1.weight"], backbone.state_dict()["conv1.weight"])
+    assert not torch.equal(
+        theirs.state_dict()["conv1.weight"], backbone.state_dict()["conv1.weight"]
+    )

@@ -194,3 +194,24 @@ def test_settings_are_explained_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_option_may_give_what_a_setting_in_the_file_asks_for(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("transfer: finetune\nmodel: {backbone: timm/convnext_atto}\n")
+    config, sources = resolve_config(file, ["model.stem_pooling=true"], {"weights": "imagenet"})
+    assert config.weights == "imagenet"
+    assert sources["transfer"] == str(file)
+    assert sources["model.stem_pooling"] == "--set"
+
+
+def test_a_model_given_as_a_word_is_refused_in_words(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("model: unet\n")
+    with pytest.raises(UsageError):
+        resolve_config(file, [], {})
+    with pytest.raises(UsageError, match="must be a table"):
+        resolve_config(file, ["model.width=16"], {})
+    file.write_text("model:\n")
+    with pytest.raises(UsageError):
+        resolve_config(file, [], {})

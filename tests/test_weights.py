@@ -15,13 +15,8 @@ from torch.nn import functional
 
 from medvision.errors import InputError, UsageError
 from medvision.models.backbones import build_backbone, expected_input
-from medvision.models.weights import (
-    efficientnet_lite_names,
-    find_packaged,
-    find_pretrained,
-    load_pretrained,
-    read_weights,
-)
+from medvision.models.efficientnet_lite import efficientnet_lite_names, find_packaged
+from medvision.models.weights import find_pretrained, load_pretrained, read_weights
 
 LITE = "timm/tf_efficientnet_lite0"
 needs_lite = pytest.mark.skipif(
@@ -86,7 +81,7 @@ def test_checkpoints_and_parallel_names_are_understood(
 def test_backbone_of_a_medvision_run_is_taken_as_it_is(name: str, tmp_path: Path) -> None:
     trained, fresh = build_backbone(name, 3), build_backbone(name, 3)
     run = {f"backbone.{key}": value for key, value in trained.state_dict().items()}
-    run["head.lesion.weight"] = torch.ones(1)
+    run["pyramid.lateral.0.weight"] = torch.ones(1)
     load_pretrained(fresh, name, str(saved(run, tmp_path / "best.safetensors")))
     for key, value in trained.state_dict().items():
         assert torch.equal(fresh.state_dict()[key], value), key
@@ -330,6 +325,6 @@ def test_larger_lite_weights_fit_too(number: int) -> None:
 
 @needs_lite
 def test_a_changed_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medvision.models.weights.sha256_of", lambda path: "0" * 64)
+    monkeypatch.setattr("medvision.models.efficientnet_lite.sha256_of", lambda path: "0" * 64)
     with pytest.raises(InputError, match="checksum"):
         find_packaged(LITE)

@@ -88,7 +88,7 @@ def compare(
 
     Raises InputError if an output differs by more than ``TOLERANCE``.
     """
-    plain = config.predict.model_copy(update={"flips": False, "batch_size": _SLICES - 1})
+    plain = config.predict.plain(batch_size=_SLICES - 1)
     config = config.model_copy(update={"predict": plain})
     device = Device(torch.device("cpu"), torch.float32)
     seen = Comparison(GraphOutputs(config), exported)

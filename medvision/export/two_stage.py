@@ -45,7 +45,7 @@ class FixedLengths(nn.Module):
         Entries past the last box that was found have the score ``NO_BOX``.
         """
         network, size = self.network, (images.shape[-2], images.shape[-1])
-        maps = network.backbone(network.windows(images))[-len(network.strides) :]
+        maps = network.backbone(network.windows(images))[-network.n_maps :]
         levels = network.pyramid(maps)
         objectness, deltas = network.proposal_head(levels)
         raw = RawProposals(objectness, deltas, network.anchors_of(levels))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class ComponentsConfig(BaseModel):
@@ -31,6 +31,10 @@ class ComponentsConfig(BaseModel):
     least_voxels: int = Field(1, ge=1, description="voxels that a lesion has at least")
 
 
+MIRROR_IMAGES = 4
+"""Views of a slice that ``flips`` averages over: as it is, and mirrored along rows, columns and both."""
+
+
 class PredictConfig(BaseModel):
     """From a slice's boxes to the findings of a scan."""
 
@@ -50,7 +54,15 @@ class PredictConfig(BaseModel):
     score_depth_mm: float = Field(
         5.0, gt=0, description="depth over which a finding's best boxes are averaged, mm"
     )
-    flips: bool = Field(True, description="average over the slices and their mirror images")
+    flips: bool = Field(
+        True, description="average over the slices and their mirror images, at the first of scales"
+    )
+    scales: tuple[float, ...] = Field(
+        (1.0, 0.8, 1.25),
+        min_length=1,
+        description="pixel sizes in which a scan is looked at, times that of training; the boxes are "
+        "fused (not for U-Net)",
+    )
     score_thresh: float = Field(
         0.3,
         ge=0,
@@ -67,3 +79,21 @@ class PredictConfig(BaseModel):
         100, ge=1, description="most findings and candidates listed for a scan"
     )
     components: ComponentsConfig = ComponentsConfig()
+
+    @field_validator("scales")
+    @classmethod
+    def _plausible(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0.25 <= scale <= 4 for scale in value):
+            raise ValueError("scales must be from 0.25 to 4")
+        return value
+
+    @property
+    def looks(self) -> float:
+        """How much work prediction is, against one look at each slice as it is."""
+        views = MIRROR_IMAGES if self.flips else 1
+        first, *others = self.scales
+        return views / first**2 + sum(1 / scale**2 for scale in others)
+
+    def plain(self, **changes: object) -> PredictConfig:
+        """Return the settings of one look at each slice as it is, with ``changes`` to others."""
+        return self.model_copy(update={"flips": False, "scales": (1.0,), **changes})

@@ -25,8 +25,8 @@ MODEL_CONFIGS: dict[str, type[BaseModel]] = {
 
 def model_name(value: Any) -> str:
     """Return the name of a model in its settings, as an object or as a table; retinanet if none is given."""
-    name = value.get("name", DEFAULT_MODEL) if isinstance(value, dict) else value.name
-    return str(name)
+    name = value.get("name", DEFAULT_MODEL) if isinstance(value, dict) else None
+    return str(name or getattr(value, "name", value))
 
 
 ModelConfig = Annotated[
@@ -44,3 +44,10 @@ def backbone_name(model: ModelConfig) -> str | None:
     if isinstance(model, UNetConfig):
         return None if model.encoder == OWN_ENCODER else model.encoder
     return model.backbone
+
+
+def must_learn(model: ModelConfig) -> bool:
+    """Tell whether the backbone differs from the one that published weights were trained in."""
+    if isinstance(model, UNetConfig):
+        return False
+    return model.norm == "group" or model.stage_convolution != "plain"

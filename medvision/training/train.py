@@ -27,8 +27,8 @@ from medvision.device import Device, choose_device
 from medvision.errors import InputError, UsageError
 from medvision.files import atomic_write_text
 from medvision.models.family import ENCODERS, OUTPUTS, build_criterion, build_model
-from medvision.models.family_config import backbone_name
-from medvision.models.weights import load_pretrained
+from medvision.models.family_config import backbone_name, must_learn
+from medvision.models.weights import check_weights, load_pretrained
 from medvision.progress import ProgressCallback, StopCallback, ignore_progress, never_stop
 from medvision.training.checkpoint import TrainState, read_state, restore_checkpoint
 from medvision.training.config import TrainConfig
@@ -138,6 +138,8 @@ def _train(
     should_stop: StopCallback,
 ) -> TrainSummary:
     device = choose_device(config.device, config.precision)
+    if not state.step:
+        check_weights(backbone_name(config.model), config.weights)
     if state.step:
         detector = load_detector_config(run)
         fitted = config.model_copy(update={"stack": detector.stack})
@@ -243,7 +245,9 @@ def _transfer(
     network: nn.Module, config: TrainConfig, counts: dict[str, int], resumed: bool
 ) -> TransferPlan:
     """Load pretrained weights, if the settings name some, and decide what of the network learns."""
-    mode, why = choose_transfer(config.transfer, counts, config.weights is not None)
+    mode, why = choose_transfer(
+        config.transfer, counts, config.weights is not None, must_learn=must_learn(config.model)
+    )
     encoder = ENCODERS.get(config.model.name, "backbone")
     name = backbone_name(config.model)
     if config.weights is not None and name is not None and not resumed:

@@ -43,7 +43,7 @@ class TransferPlan:
 
 
 def choose_transfer(
-    mode: Transfer, examples: Mapping[str, int], pretrained: bool
+    mode: Transfer, examples: Mapping[str, int], pretrained: bool, *, must_learn: bool = False
 ) -> tuple[Transfer, str]:
     """Return what ``mode`` comes to, never "auto", and a sentence that says why.
 
@@ -52,7 +52,7 @@ def choose_transfer(
     Frustratingly Simple Few-Shot Object Detection, ICML 2020: up to 10 a class); with more, fine-tuning
     is not worse than a start from nothing, and sooner there (Raghu et al., Transfusion, NeurIPS 2019;
     He et al., Rethinking ImageNet Pre-training, ICCV 2019). The encoder sees all classes, so their mean
-    count decides. UsageError for a transfer of nothing.
+    count decides, unless the encoder ``must_learn``, as it was changed. UsageError for a transfer of nothing.
     """
     if mode != "auto":
         if mode != "scratch" and not pretrained:
@@ -63,6 +63,8 @@ def choose_transfer(
         return mode, f"{mode}: as asked for."
     if not pretrained:
         return "scratch", "scratch: there are no pretrained weights to start from."
+    if must_learn:
+        return "finetune", "finetune: other norms or convolutions than the weights' must learn."
     counted = _counted(examples)
     if sum(examples.values()) < FEW_EXAMPLES * max(len(examples), 1):
         return "frozen", (
