@@ -136,7 +136,7 @@ def test_the_time_limit_leaves_room_for_the_last_validation() -> None:
 def test_a_run_with_its_validations_ends_within_the_time_limit(
     phantom_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step takes a second, a validation five, 31 with all looks; two minutes are given."""
+    """A step takes a second, a validation five, twenty with all looks; two minutes are given."""
     turned = Minutes()
     validated = session.validate
 
@@ -145,7 +145,7 @@ def test_a_run_with_its_validations_ends_within_the_time_limit(
         return {"loss": 1.0}
 
     def slow_validation(*given: Any, **options: Any) -> validation.Validation:
-        turned.now += 31 if options else 5
+        turned.now += 20 if options else 5
         return validated(*given, **options)
 
     monkeypatch.setattr(session, "monotonic", turned)
@@ -153,7 +153,7 @@ def test_a_run_with_its_validations_ends_within_the_time_limit(
     monkeypatch.setattr(Trainer, "step", slow_step)
     summary = train(phantom_data, tmp_path, small(steps=1000, validations=2, max_minutes=2))
     assert 115 <= turned.now <= 120
-    assert summary.steps == turned.now - 5 - 5 - 31
+    assert summary.steps == turned.now - 5 - 5 - 20
 
 
 def test_doubtful_findings_are_dashed_in_the_pictures(tmp_path: Path) -> None:

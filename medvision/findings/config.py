@@ -58,10 +58,10 @@ class PredictConfig(BaseModel):
         True, description="average over the slices and their mirror images, at the first of scales"
     )
     scales: tuple[float, ...] = Field(
-        (1.0, 0.8, 1.25),
+        (1.0,),
         min_length=1,
-        description="pixel sizes in which a scan is looked at, times that of training; the boxes are "
-        "fused (not for U-Net)",
+        description="pixel sizes in which a scan is looked at, times that of training, as in 1.0, 0.8, 1.25; "
+        "the boxes are fused (not for U-Net)",
     )
     score_thresh: float = Field(
         0.3,

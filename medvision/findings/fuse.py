@@ -15,10 +15,11 @@ def fuse_looks(
 ) -> SliceDetections:
     """Fuse the boxes of all ``looks`` at a scan that lie on one slice and overlap by more than ``overlap``.
 
-    Weighted boxes fusion (Solovyev et al., Image and Vision Computing 2021): box and class probabilities
-    are means weighted by score. The score is the mean over the looks of the best score in each, 0 where
-    a look has none, so that a box which one look alone sees counts for little. The outline is that of
-    the best box. What then scores less than ``lowest`` is left out. All looks are in the scan's own pixels.
+    Weighted boxes fusion (Solovyev et al., Image and Vision Computing 2021): boxes are means weighted by
+    score. The score is the mean over the looks of the best score in each, 0 where a look has none, so that
+    a box which one look alone sees counts for little. The class is what the first of the looks that see the
+    lesion says, and the outline is that of the best box. What then scores less than ``lowest`` is left
+    out. All looks are in the scan's own pixels.
     """
     if len(looks) == 1:
         return looks[0]
@@ -33,12 +34,13 @@ def fuse_looks(
     kept = [index for index in range(len(clusters)) if scores[index] >= lowest]
     chosen = [clusters[index] for index in kept]
     lead = np.array([rows[0] for rows in chosen], dtype=np.int64)
-    classes = together.class_probabilities.shape[1]
+    # Rows come by falling score, and the sort is stable: the best box of the first look that has one.
+    named = [rows[np.argsort(number[rows], kind="stable")[0]] for rows in chosen]
     return SliceDetections(
         together.slice_index[lead],
         _weighted(together.boxes, together.scores, chosen).reshape(-1, 4),
         scores[kept] if kept else np.empty(0),
-        _weighted(together.class_probabilities, together.scores, chosen).reshape(-1, classes),
+        together.class_probabilities[np.array(named, dtype=np.int64)],
         tuple(together.outlines[row] for row in lead) if together.outlines else (),
     )
 
