@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 _ORDER = """
-_version errors progress files geometry scans labels datasets stacks models findings detector device
+_version errors progress files geometry boxes scans labels datasets stacks models findings detector device
 predict evaluation outputs report training export batch sample diagnosis doctor_samples doctor_decoding
 doctor cli
 """
@@ -21,7 +21,7 @@ LAYERS = _ORDER.split()
 """Every room may import those before it."""
 
 _LIGHT = """
-errors progress files geometry scans labels datasets findings evaluation outputs report sample
+errors progress files geometry boxes scans labels datasets findings evaluation outputs report sample
 detector batch diagnosis doctor_samples doctor_decoding doctor
 """
 WITHOUT_TORCH = _LIGHT.split()

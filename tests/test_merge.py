@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medvision.boxes import pairwise_iou
 from medvision.findings.assemble import finding_mask, make_finding
 from medvision.findings.config import PredictConfig
 from medvision.findings.finding import SliceBox
-from medvision.findings.merge import SliceDetections, link_slices, pairwise_iou
+from medvision.findings.merge import SliceDetections, link_slices
 from medvision.geometry import Box, box_corners_mm, make_affine
 
 CONFIG = PredictConfig(link_score_ratio=0.3)

@@ -88,3 +88,9 @@ def test_one_view_alone_is_only_thinned(seed: int, count: int) -> None:
     assert fused["scores"][0] == pytest.approx(float(scores.max()))
     assert 1 <= len(fused["scores"]) <= count
     assert (fused["scores"].diff() <= 1e-6).all()
+
+
+def test_boxes_apart_stay_apart_even_where_no_overlap_is_asked() -> None:
+    one = detections([(0, 0, 10, 10), (15, 0, 25, 10)], [0.8, 0.6])
+    fused = fuse_views([one, one], **{**FUSING, "nms_thresh": 0.0})
+    assert fused["scores"].tolist() == pytest.approx([0.8, 0.6])

@@ -60,8 +60,8 @@ class PredictConfig(BaseModel):
     scales: tuple[float, ...] = Field(
         (1.0,),
         min_length=1,
-        description="pixel sizes in which a scan is looked at, times that of training, as in 1.0, 0.8, 1.25; "
-        "the boxes are fused (not for U-Net)",
+        description="pixel sizes in which a scan is looked at, times that of training, as in [1.0, 0.8, 1.25]; "
+        "the boxes are fused",
     )
     score_thresh: float = Field(
         0.3,

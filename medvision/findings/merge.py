@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from medvision.boxes import pairwise_iou
 from medvision.findings.config import PredictConfig
 from medvision.findings.outline import Outline
 
@@ -41,17 +42,6 @@ class LinkedLesion:
 
     members: NDArray[np.int64]
     score: float
-
-
-def pairwise_iou(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return ``[n, m]`` IoU of boxes x1, y1, x2, y2; 0 where both are empty."""
-    low = np.maximum(first[:, None, :2], second[None, :, :2])
-    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    shared = np.clip(high - low, 0, None).prod(axis=2)
-    area_first = np.clip(first[:, 2:] - first[:, :2], 0, None).prod(axis=1)
-    area_second = np.clip(second[:, 2:] - second[:, :2], 0, None).prod(axis=1)
-    union = area_first[:, None] + area_second[None] - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
 
 
 def link_slices(
