@@ -70,14 +70,14 @@ def as_table(figures: dict[str, Any]) -> str:
     for row in figures["rows"]:
         found = f"{row['detected']}/{row['lesions']}"
         values = (row["sensitivity_at_1_fp"], row["cpm"], row["ap_0.1"])
-        rows.append([row["name"], found, *(_text(value) for value in values)])
+        rows.append([row["name"], found, *(as_text(value) for value in values)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     majority = figures["majority_accuracy"]
     baseline = "n/a" if majority is None else f"{majority:.3f}"
     lines += [
         "",
-        f"class accuracy of hits  {_text(figures['class_accuracy'])}, always-majority {baseline}",
+        f"class accuracy of hits  {as_text(figures['class_accuracy'])}, always-majority {baseline}",
         f"scans {figures['scans']}, healthy {figures['healthy_scans']}, "
         f"without reference {figures['without_reference']}, "
         f"without findings {figures['without_findings']}",
@@ -103,11 +103,13 @@ def _triple(item: Estimate) -> list[float | None]:
     return [item.value, item.low, item.high]
 
 
-def _text(triple: list[float | None]) -> str:
+def as_text(triple: list[float | None], digits: int = 3) -> str:
+    """Write a value with its interval, "n/a" without a value."""
     value, low, high = triple
     if value is None:
         return "n/a"
-    return f"{value:.3f}" if low is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    text = f"{value:.{digits}f}"
+    return text if low is None else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 if __name__ == "__main__":

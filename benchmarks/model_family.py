@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from evaluate_sample import summarise
+from evaluate_sample import as_text, summarise
 
 from medvision._version import __version__
 from medvision.doctor import read_cpuinfo
@@ -129,22 +129,15 @@ def _row(result: dict[str, Any]) -> str:
     cells = [
         result["model"],
         f"{overall['detected']} of {overall['lesions']}",
-        _interval(overall["sensitivity_at_1_fp"]),
-        _interval(overall["cpm"]),
-        _interval(overall["ap_0.1"]),
+        as_text(overall["sensitivity_at_1_fp"], 2),
+        as_text(overall["cpm"], 2),
+        as_text(overall["ap_0.1"], 2),
         f"{training['seconds'] / 60:.1f}",
         f"{prediction['seconds'] / result['volumes']:.1f}",
         f"{training['peak_gib']:.1f} GiB",
         f"{prediction['peak_gib']:.1f} GiB",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _interval(triple: list[float | None]) -> str:
-    value, low, high = triple
-    if value is None:
-        return "n/a"
-    return f"{value:.2f}" if low is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 if __name__ == "__main__":
