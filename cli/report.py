@@ -120,9 +120,11 @@ def _nothing_to_compare(loaded: LoadedCases, truth: Path) -> InputError:
 
 def _counts(scores: Evaluation, loaded: LoadedCases) -> dict[str, object]:
     point = scores.operating
+    # The report has an operating point of its own: candidates above it count here, findings below do not.
+    at = "" if point.threshold is None else f", counted from score {point.threshold:.2f} up"
     return {
         "lesions": f"{point.detected} of {scores.lesions} found, {point.missed} missed",
-        "false positives": f"{point.false_positives}, {point.fp_per_scan:.2f} per scan",
+        "false positives": f"{point.false_positives}, {point.fp_per_scan:.2f} per scan{at}",
         "healthy scans": scores.healthy_scans,
         "left out": _left_out(loaded),
     }

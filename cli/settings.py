@@ -14,20 +14,13 @@ if TYPE_CHECKING:
     from medvision.training.config import TrainConfig
 
 
-def build_config(
-    file: Path | None, settings: list[str], options: Mapping[str, object]
-) -> TrainConfig:
-    """Merge defaults, file, --set pairs and the options that are not None; the later win.
-
-    UsageError names the setting that is wrong.
-    """
-    return resolve_config(file, settings, options)[0]
-
-
 def resolve_config(
     file: Path | None, settings: list[str], options: Mapping[str, object]
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """Return what :func:`build_config` does, and the source of every setting that is no default.
+    """Merge defaults, file, --set pairs and the options that are not None; the later win.
+
+    Returns the settings, and the source of every one that is no default. UsageError names the setting that
+    is wrong.
 
     A source is the file's path, ``--set`` or the option, such as ``--max-minutes``. ``options`` may have
     dotted names; that of ``model.name`` is ``--model``.

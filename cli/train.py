@@ -163,8 +163,8 @@ def train(
         "seed": seed,
         "device": device,
     }
-    if resume and config is None and (run / "config.json").is_file():
-        config = run / "config.json"
+    if resume and config is None:
+        config = _settings_of(run)
     train_config, sources = resolve_config(config, settings or [], chosen)
     if dry_run:
         return _dry_run(session, data, train_config, sources)
@@ -195,6 +195,13 @@ def train(
         },
         {"summary": done, "output": run, "next": following},
     )
+
+
+def _settings_of(run: Path) -> Path | None:
+    from medvision.training.config import CONFIG_FILE
+
+    file = run / CONFIG_FILE
+    return file if file.is_file() else None
 
 
 def _dry_run(session: Session, data: Path, config: TrainConfig, sources: dict[str, str]) -> None:

@@ -15,7 +15,7 @@ from medvision.cli import main as cli_main
 from medvision.cli.errors import MAX_LINES, as_medvision_error, render
 from medvision.cli.main import main
 from medvision.cli.options import check_holds_scan, check_writable
-from medvision.cli.settings import build_config, merge_settings, parse_settings
+from medvision.cli.settings import merge_settings, parse_settings, resolve_config
 from medvision.errors import (
     InputError,
     Interrupted,
@@ -279,10 +279,10 @@ def test_settings_merge_into_the_parts() -> None:
 def test_options_win_over_set_and_set_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("steps: 10\nseed: 11\nbatch_size: 12\n")
-    config = build_config(file, ["steps=20", "seed=21"], {"steps": 30, "device": None})
+    config, _ = resolve_config(file, ["steps=20", "seed=21"], {"steps": 30, "device": None})
     assert (config.steps, config.seed, config.batch_size, config.device) == (30, 21, 12, "auto")
     with pytest.raises(UsageError, match="steps"):
-        build_config(None, ["steps=none"], {})
+        resolve_config(None, ["steps=none"], {})
 
 
 def test_an_unforeseen_error_keeps_its_type() -> None:

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import alexnet, resnet18, resnet50
 
 from medvision.cli.main import main
 from medvision.datasets.discover import find_cases, load_case
 from medvision.errors import InputError, Interrupted
+from medvision.models.backbones import build_backbone, make_backbone
+from medvision.models.pyramid_config import PyramidConfig
 from medvision.sample_data.phantoms import write_phantom_dataset
 from medvision.training.config import TrainConfig, make_train_config
 from medvision.training.dry_run import FITTED, PERCENTILES, DryRun, dry_run, lesion_sides
@@ -203,3 +206,35 @@ def test_the_command_prints_everything_and_writes_nothing(
     assert document["dry_run"]["parameters"] > 0
     assert document["settings_schema"]["properties"]["steps"]["minimum"] == 1
     assert not run.exists()
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "resnet18"])
+def test_a_timm_backbone_has_a_receptive_field(name: str) -> None:
+    pytest.importorskip("timm")
+    network = nn.Sequential(build_backbone(f"timm/{name}", 2))
+    fields = receptive_fields(network, "0", 2, 32)
+    # At least the published field of its convolutions, and wider at every stage.
+    assert fields == sorted(fields)
+    assert fields[0] >= 4
+    assert fields[-1] > 100
+
+
+def test_frozen_norms_do_not_hide_what_a_field_holds() -> None:
+    settings = {"norm": "frozen"}
+    plain, frozen = (
+        nn.Sequential(make_backbone(PyramidConfig.model_validate(given), 2))
+        for given in ({}, settings)
+    )
+    assert receptive_fields(frozen, "0", 2, 32) == receptive_fields(plain, "0", 2, 32)
+
+
+def test_what_learns_after_the_warm_up_is_not_called_frozen(data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "resnet18.safetensors"
+    save_file(build_backbone("resnet18", 3).state_dict(), file)
+    model = {"backbone": "resnet18", "pyramid_channels": 8, "head_depth": 1}
+    settings = {"model": model, "weights": str(file), "sampling": {"crop_size": 64}}
+    learning = dry_run(data, small(**settings, transfer="finetune"))
+    assert learning.trained_parameters == learning.parameters
+    frozen = dry_run(data, small(**settings, transfer="frozen"))
+    backbone = sum(value.numel() for value in build_backbone("resnet18", 6).parameters())
+    assert frozen.parameters - frozen.trained_parameters == backbone

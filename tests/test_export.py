@@ -35,9 +35,10 @@ from medvision.export.engine import OnnxPredictor, OnnxSession
 from medvision.export.files import find_exported, load_exported, require_packages, settings_path
 from medvision.export.graph import Exported, export_run
 from medvision.export.outputs import GraphOutputs, graph_module
+from medvision.export.two_stage import FixedLengths
 from medvision.findings.config import PredictConfig
 from medvision.models.config import RetinaNetConfig
-from medvision.models.family import build_model
+from medvision.models.family import build_model, detect
 from medvision.models.family_config import MODEL_CONFIGS
 from medvision.models.retinanet import build_retinanet
 from medvision.predict import Predictor, find_lesions
@@ -232,6 +233,22 @@ FAMILY: dict[str, dict[str, Any]] = {
     "faster-rcnn": TWO_STAGE,
     "mask-rcnn": {**TWO_STAGE, "mask": {"depth": 1, "channels": 8}},
 }
+
+
+def test_a_two_stage_graph_with_one_level_finds_what_the_network_does() -> None:
+    settings = {**TWO_STAGE, "pyramid": "finest-only", "anchor_sizes": SIZES[:1]}
+    network = build_model(MODEL_CONFIGS["faster-rcnn"](**settings), 3, 2).eval()
+    spread_out(network)
+    thresholds = {"score_thresh": 0.0, "nms_thresh": 0.3, "detections_per_img": 10}
+    graph = FixedLengths(network, **thresholds)  # type: ignore[arg-type]
+    images = torch.rand(1, 3, 48, 64)
+    with torch.inference_mode():
+        expected = detect(network, images, flips=False, **thresholds)[0]  # type: ignore[arg-type]
+        boxes, scores, *_ = graph(images)
+    count = len(expected["scores"])
+    assert count > 0
+    torch.testing.assert_close(scores[:count], expected["scores"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(boxes[:count], expected["boxes"], atol=1e-3, rtol=1e-4)
 
 
 def family_run(folder: Path, name: str) -> Path:

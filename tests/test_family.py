@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_support import small, train_until
 
 from medvision.detector import load_detector_config
-from medvision.errors import Interrupted
 from medvision.models.family import detect
 from medvision.models.family_config import MODEL_CONFIGS
 from medvision.predict import Predictor
-from medvision.progress import Progress
 from medvision.sample_data.phantoms import make_phantom, write_phantom_dataset
-from medvision.training.config import TrainConfig, make_train_config
+from medvision.training.config import TrainConfig
 from medvision.training.samples import CropSampler
 from medvision.training.session import Session
 from medvision.training.train import train
@@ -30,19 +29,11 @@ SMALL_PARTS: dict[str, dict[str, object]] = {
 }
 
 
-def small(name: str, **changes: object) -> TrainConfig:
-    values: dict[str, object] = {
-        "steps": 4,
-        "batch_size": 2,
-        "validations": 1,
-        "max_minutes": 0,
-        "precision": "float32",
-        "validation_fraction": 0.3,
-        "stack": {"n_slices": 3},
-        "sampling": {"crop_size": 32},
-        "model": {"name": name, **SMALL_PARTS[name]},
-    }
-    return make_train_config({**values, **changes}, "test")
+def small_model(
+    name: str, model: dict[str, object] | None = None, **changes: object
+) -> TrainConfig:
+    parts = {"name": name, **SMALL_PARTS[name], **(model or {})}
+    return small(**{"steps": 4, "model": parts, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", MODEL_CONFIGS)
 def test_each_model_goes_from_scans_to_findings(data: Path, tmp_path: Path, name: str) -> None:
     run = tmp_path / "run"
-    summary = train(data, run, small(name))
+    summary = train(data, run, small_model(name))
     assert summary.steps == 4
     assert load_detector_config(run).model.name == name
     volume = make_phantom().volume
@@ -71,25 +62,17 @@ def test_each_model_goes_from_scans_to_findings(data: Path, tmp_path: Path, name
         assert (item.box.upper <= np.array(volume.shape)).all()
 
 
-@pytest.mark.parametrize("name", ["mask-rcnn", "unet"])
-def test_each_model_resumes_to_the_same_bits(data: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "model"), [("mask-rcnn", {}), ("unet", {}), ("unet", {"dropout": 0.5})]
+)
+def test_each_model_resumes_to_the_same_bits(
+    data: Path, tmp_path: Path, name: str, model: dict[str, object]
+) -> None:
     # Sums on a GPU come in no fixed order; the promise is for a CPU.
-    config = small(name, device="cpu")
+    config = small_model(name, model, device="cpu")
     train(data, tmp_path / "straight", config)
-    seen: list[int] = []
-
-    def note(progress: Progress) -> None:
-        if progress.stage == "train":
-            seen.append(progress.done)
-
-    with pytest.raises(Interrupted):
-        train(
-            data,
-            tmp_path / "stopped",
-            config,
-            on_progress=note,
-            should_stop=lambda: 2 if len(seen) >= 2 else None,
-        )
+    train_until(2, data, tmp_path / "stopped", config)
+    torch.manual_seed(99)  # another process draws other numbers
     train(data, tmp_path / "stopped", config, resume=True)
     first, second = (
         load_file(tmp_path / run / "last.safetensors") for run in ("straight", "stopped")
@@ -102,7 +85,7 @@ def test_mirror_images_and_the_slice_itself_tell_the_same(
     data: Path, tmp_path: Path, name: str
 ) -> None:
     run = tmp_path / "run"
-    train(data, run, small(name, steps=1))
+    train(data, run, small_model(name, steps=1))
     network = Predictor(run, "cpu").network
     images = torch.rand(2, 3, 48, 64)
     settings = {"score_thresh": 0.0, "nms_thresh": 0.3, "detections_per_img": 5}
@@ -130,7 +113,7 @@ def test_only_models_that_draw_are_given_outlines(
         return made[-1]
 
     monkeypatch.setattr(Session, "_dataset", kept)
-    train(data, tmp_path / "run", small(name, steps=1))
+    train(data, tmp_path / "run", small_model(name, steps=1))
     targets = [made[0][index].target for index in range(12)]
     assert all(("masks" in target) is outlined for target in targets)
     if not outlined:

@@ -8,15 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from training_support import small
+from training_support import small, train_until
 
-from medvision.errors import InputError, Interrupted, UsageError
+from medvision.errors import InputError, UsageError
 from medvision.models.backbones import build_backbone, make_backbone
 from medvision.models.deformable import DeformConv2d
 from medvision.models.norms import FrozenBatchNorm2d
 from medvision.models.pyramid_config import PyramidConfig
 from medvision.models.weights import load_pretrained
-from medvision.progress import Progress
 from medvision.training.config import TrainConfig
 from medvision.training.train import train
 
@@ -113,20 +112,7 @@ def test_a_resumed_run_needs_the_file_no_more(
     copy.write_bytes(weights.read_bytes())
     config = pretrained("retinanet", copy, transfer="finetune", steps=12)
     stopped = tmp_path / "stopped"
-    seen: list[int] = []
-
-    def note(progress: Progress) -> None:
-        if progress.stage == "train":
-            seen.append(progress.done)
-
-    with pytest.raises(Interrupted):
-        train(
-            phantom_data,
-            stopped,
-            config,
-            on_progress=note,
-            should_stop=lambda: 2 if seen and seen[-1] >= 6 else None,
-        )
+    train_until(6, phantom_data, stopped, config)
     whole = tmp_path / "whole"
     train(phantom_data, whole, config)
     copy.unlink()

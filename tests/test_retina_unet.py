@@ -293,3 +293,24 @@ def test_the_segmentation_is_averaged_over_mirror_images() -> None:
     assert turned is not None
     torch.testing.assert_close(turned.flip((-2, -1)), mean, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(mean, alone)
+
+
+def test_background_weighs_what_the_settings_say() -> None:
+    torch.manual_seed(1)
+    network = build_retina_unet(CONFIG, 3, 2)
+    image, target = two_lesions()
+    raw = network(image)
+    assert raw.segmentation_logits is not None
+    raw = raw._replace(segmentation_logits=torch.randn_like(raw.segmentation_logits))
+    found = []
+    for weight in (1.0, 0.0):
+        loss = {"dice": 0.0, "cross_entropy": 1.0, "background_weight": weight}
+        config = RetinaUNetConfig.model_validate({**CONFIG.model_dump(), "segmentation_loss": loss})
+        losses = RetinaUNetCriterion(config, torch.ones(2))(raw, [target])
+        found.append(losses["segmentation"].item())
+    entropy = functional.cross_entropy(
+        raw.segmentation_logits, target["class_map"][None].long(), reduction="none"
+    )
+    lesions = entropy[target["class_map"][None] > 0]
+    assert found[0] == pytest.approx(entropy.mean().item(), rel=1e-4)
+    assert found[1] == pytest.approx(lesions.mean().item(), rel=1e-4)

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
-from medvision.cli.settings import build_config, resolve_config
+from medvision.cli.settings import resolve_config
 from medvision.errors import UsageError
-from medvision.training.config import TrainConfig, load_train_config, make_train_config
+from medvision.training.config import TrainConfig, make_train_config
 from medvision.training.settings_help import (
     flat_settings,
     given_names,
@@ -100,7 +100,7 @@ def test_an_unknown_setting_in_a_file_is_refused_with_the_nearest(
     file = tmp_path / "settings.yaml"
     file.write_text(text)
     with pytest.raises(UsageError) as refused:
-        load_train_config(file)
+        resolve_config(file, [], {})
     assert refused.value.what == f"There is no setting {key!r}."
     assert remedy in (refused.value.do or "")
     assert refused.value.where == str(file)
@@ -138,7 +138,6 @@ def test_every_value_has_its_source(tmp_path: Path) -> None:
         "predict.flips": "--set",
         "max_minutes": "--max-minutes",
     }
-    assert build_config(file, pairs, {"max_minutes": 5.0}) == config
     listed = {item.name: (item.value, item.source) for item in list_settings(config, sources)}
     assert listed["sampling.crop_size"] == (64, str(file))
     assert listed["seed"] == (21, "--set")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from training_support import case_with, small
+from training_support import StopAt, case_with, small
 
 from medvision.datasets.discover import LoadedCase, find_cases, load_case
 from medvision.detector import DetectorConfig, load_detector_config
@@ -22,7 +22,6 @@ from medvision.findings.merge import SliceDetections
 from medvision.geometry import Box
 from medvision.labels.annotation import Annotation
 from medvision.predict import Predictor
-from medvision.progress import Progress
 from medvision.sample_data.phantoms import make_phantom, write_phantom_dataset
 from medvision.stacks.augment import AugmentConfig, Augmenter
 from medvision.stacks.config import StackConfig
@@ -32,7 +31,8 @@ from medvision.training.checkpoint import read_state
 from medvision.training.config import (
     SamplingConfig,
     TrainConfig,
-    load_train_config,
+    make_train_config,
+    read_settings,
 )
 from medvision.training.hard_negatives import (
     HardNegative,
@@ -44,19 +44,6 @@ from medvision.training.loop import Clock, SkipGuard, rate_factor, update_averag
 from medvision.training.samples import CropSampler, find_training_lesions, lesion_weights
 from medvision.training.targets import make_target
 from medvision.training.train import train
-
-
-class StopAt:
-    """Ask to stop once training has reported ``step``."""
-
-    def __init__(self, step: int) -> None:
-        self.step, self.reached = step, False
-
-    def report(self, progress: Progress) -> None:
-        self.reached |= progress.stage == "train" and progress.done >= self.step
-
-    def stop(self) -> int | None:
-        return 15 if self.reached else None
 
 
 def test_a_stopped_and_resumed_run_ends_with_the_same_bits(
@@ -271,14 +258,14 @@ def test_losses_that_stay_infinite_stop_the_run_and_name_the_cases() -> None:
 def test_settings_from_a_file_and_wrong_ones(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("steps: 7\nsampling: {crop_size: 64}\n")
-    config = load_train_config(path)
+    config = make_train_config(read_settings(path), str(path))
     assert (config.steps, config.sampling.crop_size) == (7, 64)
     path.write_text("sampling: {crop_sise: 64}\n")
     with pytest.raises(UsageError, match=r"sampling\.crop_sise"):
-        load_train_config(path)
+        make_train_config(read_settings(path), str(path))
     path.write_text("[1, 2")
     with pytest.raises(UsageError, match="readable YAML"):
-        load_train_config(path)
+        make_train_config(read_settings(path), str(path))
 
 
 def test_hard_negatives_are_drawn_and_belong_to_their_step(

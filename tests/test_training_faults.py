@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from training_support import case_with, small
 
+from medvision.cli.main import main
 from medvision.detector import load_detector_config
 from medvision.device import choose_device
 from medvision.errors import Interrupted, UsageError
@@ -265,3 +266,17 @@ def test_settings_that_clash_are_refused_before_any_work(
 def test_strides_follow_the_stem() -> None:
     assert RetinaNetConfig().strides == [4, 8, 16]
     assert RetinaNetConfig(stem_pooling=True).strides == [4, 8, 16, 32]
+
+
+def test_a_resumed_command_takes_the_settings_of_the_run(
+    phantom_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["validation_fraction=0.3", "stack.n_slices=3", "sampling.crop_size=32"]
+    given += ["model.base_channels=4", "model.depth=2", "batch_size=2"]
+    settings = [part for pair in given for part in ("--set", pair)]
+    command = ["train", str(phantom_data), "-o", str(tmp_path / "run")]
+    assert main([*command, "--model", "unet", "--steps", "2", *settings]) == 0
+    assert main([*command, "--resume"]) == 0
+    assert "2 of 2" in capsys.readouterr().out
+    assert main([*command, "--resume", "--seed", "5"]) == 2
+    assert "settings it was started with" in capsys.readouterr().err

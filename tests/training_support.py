@@ -4,11 +4,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from medvision.datasets.discover import Case, LoadedCase
+from medvision.errors import Interrupted
 from medvision.labels.annotation import Annotation
+from medvision.progress import Progress
 from medvision.sample_data.phantoms import make_phantom
 from medvision.scans.load import ScanReference
 from medvision.training.config import TrainConfig, make_train_config
+from medvision.training.train import train
+
+
+class StopAt:
+    """Ask to stop once training has reported ``step``."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.reached = step, False
+
+    def report(self, progress: Progress) -> None:
+        self.reached |= progress.stage == "train" and progress.done >= self.step
+
+    def stop(self) -> int | None:
+        return 15 if self.reached else None
+
+
+def train_until(step: int, data: Path, run: Path, config: TrainConfig) -> None:
+    """Train and stop after ``step``, as a signal would."""
+    stopper = StopAt(step)
+    with pytest.raises(Interrupted):
+        train(data, run, config, on_progress=stopper.report, should_stop=stopper.stop)
 
 
 def small(**changes: object) -> TrainConfig:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -67,7 +67,8 @@ class UNetConfig(BaseModel):
         16, ge=1, description="channels at full resolution, doubled at every halving; paper: 64"
     )
     norm: Literal["batch", "instance", "group", "none"] = Field(
-        "batch", description="after every 3 x 3 convolution; paper: none"
+        "batch",
+        description="after every 3 x 3 convolution but those of a named encoder; paper: none",
     )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="share of the coarsest map's channels hidden"
@@ -109,6 +110,10 @@ class UNetConfig(BaseModel):
                 )
         if self.padding == "valid" and self.encoder != OWN_ENCODER:
             raise ValueError(f"padding valid needs encoder {OWN_ENCODER}; got {self.encoder}")
+        if self.pooling != "max" and self.encoder != OWN_ENCODER:
+            raise ValueError(
+                f"pooling can be set for encoder {OWN_ENCODER} only; {self.encoder} has its own"
+            )
         if len(self.deep_supervision) >= self.depth:
             raise ValueError(
                 f"deep_supervision must hold fewer weights than depth ({self.depth}); "
@@ -162,10 +167,6 @@ def _decoded_side(size: int, depth: int) -> int | None:
     return size if size > 0 else None
 
 
-class _Listed(Protocol):
-    def tolist(self) -> list[int]: ...
-
-
 def record_architecture(config: UNetConfig, n_slices: int, classes: int) -> bytes:
     """Return what weights depend on as JSON, to be kept among them.
 
@@ -174,20 +175,6 @@ def record_architecture(config: UNetConfig, n_slices: int, classes: int) -> byte
     """
     values = {**config.architecture, "n_slices": n_slices, "classes": classes}
     return json.dumps(values, sort_keys=True).encode("ascii")
-
-
-def check_weights(
-    tensors: Mapping[str, _Listed], config: UNetConfig, n_slices: int, classes: int
-) -> None:
-    """Raise InputError unless the weights are of the U-Net that ``config`` describes."""
-    found = tensors.get(ARCHITECTURE)
-    if found is None:
-        raise InputError(
-            "The weights are not those of a medvision U-Net.",
-            why=f"They hold no record of its settings ({ARCHITECTURE}).",
-            do="Give the weights that medvision train wrote for a U-Net.",
-        )
-    check_architecture(found.tolist(), list(record_architecture(config, n_slices, classes)))
 
 
 def check_architecture(found: Sequence[int], expected: Sequence[int]) -> None:

@@ -17,6 +17,9 @@ from medvision.stacks.config import StackConfig
 from medvision.training.settings_help import unknown_in_file
 from medvision.training.transfer import Transfer
 
+CONFIG_FILE = "config.json"
+"""Name in a run folder of the settings that it was started with."""
+
 
 class SamplingConfig(BaseModel):
     """Which crops a network sees in training."""
@@ -121,6 +124,12 @@ class TrainConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _a_unet_looks_once(self) -> TrainConfig:
+        if isinstance(self.model, UNetConfig) and self.predict.scales != (1.0,):
+            raise ValueError("predict.scales fuses boxes; a U-Net draws none: leave it at [1.0]")
+        return self
+
+    @model_validator(mode="after")
     def _weights_fit_the_transfer(self) -> TrainConfig:
         if self.weights is None and self.transfer not in ("auto", "scratch"):
             raise ValueError(
@@ -141,11 +150,6 @@ class TrainConfig(BaseModel):
                 "weights need a named backbone: set model.encoder to one, such as resnet18"
             )
         return self
-
-
-def load_train_config(path: Path) -> TrainConfig:
-    """Read a YAML or JSON file of settings; what it leaves out keeps its default."""
-    return make_train_config(read_settings(path), str(path))
 
 
 def read_settings(path: Path) -> dict[str, Any]:

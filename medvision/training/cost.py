@@ -20,6 +20,7 @@ from medvision.progress import Progress, ProgressCallback, StopCallback
 from medvision.stacks.augment import Augmenter
 from medvision.training.cache import CachedCase
 from medvision.training.config import TrainConfig
+from medvision.training.hard_negatives import slices_apart
 from medvision.training.loop import Trainer, batches
 from medvision.training.prepare import TrainingData
 from medvision.training.samples import CropSampler, find_training_lesions
@@ -82,10 +83,8 @@ def _slices_looked_at(config: TrainConfig, cases: TrainingData) -> int:
     held_out = sum(len(case.array) for case in cases.validation)
     mined = 0
     if config.sampling.hard_share:
-        apart = 2 * config.stack.slice_offset_mm
         for case in cases.training:
-            every = max(1, int(apart / case.volume.spacing_mm[0] + 0.01))
-            every = 1 if config.model.name == "unet" else every
+            every = slices_apart(config.model, config.stack, case.volume.spacing_mm[0])
             mined += -(-len(case.array) // every)
     # At the end the best weights are judged as prediction uses them.
     return round((config.validations + config.predict.looks) * held_out) + mined
@@ -109,7 +108,6 @@ def _time_steps(
         config.seed,
         masks=detector.model.name in NEED_MASKS,
     )
-    trainer.network.train()
     times = [monotonic()]
     for number, (images, targets, _) in enumerate(batches(dataset, config, 0), start=1):
         # Past the warm-up, where all that learns takes part.

@@ -22,8 +22,10 @@ from medvision.findings.finding import Finding
 from medvision.findings.merge import SliceDetections
 from medvision.geometry import Box
 from medvision.labels.annotation import Annotation
+from medvision.models.family_config import ModelConfig
 from medvision.predict import detect_slices, find_lesions
 from medvision.progress import Progress, ProgressCallback
+from medvision.stacks.config import StackConfig
 from medvision.stacks.crops import body_box
 from medvision.training.cache import CachedCase
 
@@ -64,11 +66,18 @@ def find_hard_negatives(
             boxes = _of_findings(find_lesions(volume, network, config, device))
         else:
             window = body_box(volume.array, volume.source.modality or config.modality)
-            every = max(1, int(2 * config.stack.slice_offset_mm / volume.spacing_mm[0] + 0.01))
+            every = slices_apart(config.model, config.stack, volume.spacing_mm[0])
             boxes = detect_slices(volume, window, network, config, device, every=every)
         found += _false_ones(number, boxes, case.annotations())
         on_progress(Progress("find hard negatives", number + 1, len(cases), "scans"))
     return found
+
+
+def slices_apart(model: ModelConfig, stack: StackConfig, spacing_mm: float) -> int:
+    """Return every how many slices of a scan are looked at for hard negatives; of a U-Net each one."""
+    if model.name == "unet":
+        return 1
+    return max(1, int(2 * stack.slice_offset_mm / spacing_mm + 0.01))
 
 
 def _of_findings(findings: tuple[Finding, ...]) -> SliceDetections:

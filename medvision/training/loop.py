@@ -43,6 +43,8 @@ class Trainer:
         Returns None, and leaves all weights and statistics as they are, if the loss or its gradient is
         not finite.
         """
+        # Dropout draws from torch's own generator: seeded by the step, a resumed run draws the same.
+        torch.manual_seed(self.config.seed * self.config.steps + number)
         set_training(self.network, self.plan, progress)
         factor = rate_factor(progress, self.config.warmup_share)
         for group in self.optimizer.param_groups:

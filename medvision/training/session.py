@@ -93,7 +93,6 @@ class Session:
         if progress >= 1.0:
             return True
         saved = monotonic()
-        self.trainer.network.train()
         for images, targets, names in batches(dataset, self.config, state.step):
             losses = self.trainer.step(images, targets, progress, state.step)
             self._guard.note(losses is not None, names)

@@ -31,7 +31,7 @@ from medvision.models.family_config import backbone_name, must_learn
 from medvision.models.weights import check_weights, load_pretrained
 from medvision.progress import ProgressCallback, StopCallback, ignore_progress, never_stop
 from medvision.training.checkpoint import TrainState, read_state, restore_checkpoint
-from medvision.training.config import TrainConfig
+from medvision.training.config import CONFIG_FILE, TrainConfig
 from medvision.training.hard_negatives import HARD_NEGATIVES_FILE
 from medvision.training.loop import Trainer
 from medvision.training.prepare import TrainingData, count_lesions, fit_detector, prepare_data
@@ -43,7 +43,6 @@ from medvision.training.transfer import (
     plan_transfer,
 )
 
-CONFIG_FILE = "config.json"
 SPLIT_FILE = "split.json"
 logger = logging.getLogger(__name__)
 
