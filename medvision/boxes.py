@@ -32,24 +32,31 @@ def cluster_views(
     view: NDArray[np.integer],
     views: int,
     overlap: float,
+    votes: NDArray[np.bool_] | None = None,
 ) -> list[Cluster]:
     """Group ``boxes[n, 4]`` of one slice around the best free one, by an IoU of more than ``overlap``.
 
     Weighted boxes fusion (Solovyev et al., Image and Vision Computing 2021): the score of a group is the
     mean over all ``views`` of the best score in each, 0 where a view has none, so that a box which one
     view alone sees counts for little. ``view[n]`` is the number of the view that a box is from.
+    ``votes[n, views]`` names the views that have a say on a box like this one, all by default: the others
+    neither raise nor lower its score, and what a view has no say on itself is left out.
     """
+    if votes is None:
+        votes = np.ones((len(scores), views), dtype=bool)
     ranked = np.argsort(-scores, kind="stable")
     overlaps = pairwise_iou(boxes[ranked], boxes[ranked])
-    free = np.ones(len(ranked), dtype=bool)
+    free = votes[ranked, view[ranked]]
     clusters = []
     for seed in range(len(ranked)):
         if free[seed]:
             group = free & (overlaps[seed] > overlap)
             group[seed] = True
             free &= ~group
+            voting = votes[ranked[seed]]
             rows = ranked[group]
+            rows = rows[voting[view[rows]]]
             best = np.zeros(views)
             np.maximum.at(best, view[rows], scores[rows])
-            clusters.append(Cluster(rows, float(best.mean())))
+            clusters.append(Cluster(rows, float(best[voting].mean())))
     return clusters

@@ -35,6 +35,11 @@ class DetectorConfig(BaseModel):
     stack: StackConfig
     model: ModelConfig
     predict: PredictConfig
+    usual_lesion_mm: float | None = Field(
+        None,
+        gt=0,
+        description="what 95 of 100 lesions of training do not exceed on a slice, mm; None: not known",
+    )
 
     @property
     def pixel_mm(self) -> float:

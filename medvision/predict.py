@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,9 @@ def detect_at_scales(
 
     A lesion is one at any size, what only resembles one at a single size is not: the fused score tells them
     apart. Mirror images are averaged at the first size alone, the others would cost four times as much.
+
+    A look that magnifies has no vote on boxes that are larger in it than the lesions of training usually were:
+    it would see parts of them, and lose the largest lesions for it.
     """
     settings, looks = config.predict, []
     for number, scale in enumerate(settings.scales):
@@ -139,7 +143,17 @@ def detect_at_scales(
         )
         height, width = (volume.shape[axis] / seen.shape[axis] for axis in (1, 2))
         looks.append(found.scaled(height, width))
-    return fuse_looks(looks, settings.nms_thresh, settings.box_score_thresh)
+    largest = [_largest_box(volume, config, scale) for scale in settings.scales]
+    return fuse_looks(looks, settings.nms_thresh, settings.box_score_thresh, largest)
+
+
+def _largest_box(volume: Volume, config: DetectorConfig, scale: float) -> tuple[float, float]:
+    """Return the width and height, in pixels of ``volume``, on which a look in pixels of ``scale`` votes."""
+    if config.usual_lesion_mm is None or scale >= config.predict.scales[0]:
+        return inf, inf
+    _, rows_mm, columns_mm = volume.spacing_mm
+    side_mm = config.usual_lesion_mm * scale
+    return side_mm / columns_mm, side_mm / rows_mm
 
 
 def _counted_on(on_progress: ProgressCallback, number: int, looks: int) -> ProgressCallback:

@@ -70,6 +70,31 @@ def test_the_outline_is_that_of_the_best_box() -> None:
     assert [outline.column for outline in fuse_looks(looks, 0.3).outlines] == [0.9]
 
 
+def test_a_look_has_no_vote_on_boxes_larger_than_its_largest() -> None:
+    # The second look votes up to 10 wide and 8 high: on the first box, not on the wide or the high one.
+    rows = [(0, (0, 0, 10, 8)), (1, (0, 0, 11, 8)), (2, (0, 0, 10, 9))]
+    looks = [look(*[(*row, 0.8) for row in rows]), look(*[(*row, 0.2) for row in rows])]
+    found = fuse_looks(looks, 0.3, largest=[(np.inf, np.inf), (10, 8)])
+    assert dict(zip(found.slice_index.tolist(), found.scores.tolist(), strict=True)) == (
+        pytest.approx({0: 0.5, 1: 0.8, 2: 0.8})
+    )
+
+
+def test_what_only_a_look_without_a_vote_sees_is_left_out() -> None:
+    looks = [look(), look((0, (0, 0, 20, 20), 0.9), (1, (0, 0, 5, 5), 0.9))]
+    found = fuse_looks(looks, 0.3, largest=[(np.inf, np.inf), (10, 10)])
+    assert found.slice_index.tolist() == [1]
+    assert found.scores.tolist() == pytest.approx([0.45])
+
+
+def test_part_of_a_lesion_seen_by_a_look_without_a_vote_takes_no_part() -> None:
+    # Half of a large lesion, by itself small enough for a vote, is used up by the whole.
+    looks = [look((0, (0, 0, 20, 20), 0.8)), look((0, (0, 0, 20, 10), 0.6))]
+    found = fuse_looks(looks, 0.3, largest=[(np.inf, np.inf), (20, 12)])
+    assert found.scores.tolist() == pytest.approx([0.8])
+    np.testing.assert_allclose(found.boxes, [[0, 0, 20, 20]])
+
+
 def test_nothing_found_anywhere_stays_nothing() -> None:
     found = fuse_looks([look(), look()], 0.3)
     assert found.boxes.shape == (0, 4)
@@ -103,6 +128,21 @@ def test_the_order_of_the_looks_does_not_matter(first, second) -> None:
     back = fuse_looks([look(*second), look(*first)], 0.3)
     order = [np.lexsort((item.scores, item.slice_index)) for item in (there, back)]
     np.testing.assert_allclose(there.scores[order[0]], back.scores[order[1]])
+
+
+@given(st.lists(boxes, max_size=6), st.lists(boxes, max_size=6))
+def test_a_limit_that_nothing_reaches_changes_nothing(first, second) -> None:
+    looks = [look(*first), look(*second)]
+    free, limited = fuse_looks(looks, 0.3), fuse_looks(looks, 0.3, largest=[(30, 30), (30, 30)])
+    np.testing.assert_array_equal(free.boxes, limited.boxes)
+    np.testing.assert_array_equal(free.scores, limited.scores)
+
+
+@given(st.lists(boxes, max_size=6), st.lists(boxes, max_size=6))
+def test_without_a_vote_on_anything_the_other_look_stands_alone(first, second) -> None:
+    looks = [look(*first), look(*second)]
+    fused = fuse_looks(looks, 0.3, largest=[(np.inf, np.inf), (0, 0)])
+    np.testing.assert_array_equal(fused.scores, fuse_looks([looks[0], look()], 0.3).scores * 2)
 
 
 def test_looks_are_counted_by_their_pixels() -> None:

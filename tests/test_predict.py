@@ -95,6 +95,45 @@ def test_a_bright_spot_is_found_where_it_is(
     )
 
 
+class SmallSpots(BrightSpots):
+    """Sees no spot of more than 20 pixels, as a network that never saw one may not."""
+
+    def forward(self, images: Tensor) -> RawDetections:
+        raw = super().forward(images)
+        sides = (raw.boxes[..., 2:] - raw.boxes[..., :2]).amax(dim=-1)
+        unseen = raw.lesion_logits.masked_fill(sides > 20, -20.0)
+        return raw._replace(lesion_logits=unseen)
+
+
+@pytest.mark.parametrize(
+    # Shares of the looks that see the spot: of those that vote, and of all three.
+    ("rows", "columns", "voting", "all_three"),
+    [(10, 10, 1, 1), (18, 10, 1, 2 / 3), (10, 18, 1, 2 / 3), (24, 10, 1 / 2, 1 / 3)],
+    ids=["small", "high", "wide", "seen by the coarse look alone"],
+)
+def test_a_look_that_magnifies_has_no_say_on_the_largest(
+    rows: int, columns: int, voting: float, all_three: float
+) -> None:
+    # Pixels are half as wide as high, so that the spot of 18 columns is 18 of the network's as well.
+    affine = np.diag([2.5, 0.7, 0.35, 1.0])
+    array = np.full((3, 90, 140), -1000, dtype=np.int16)
+    array[:, 10:80, 10:120] = -100
+    array[:, 30 : 30 + rows, 40 : 40 + 2 * columns] = 400
+    volume = Volume(array, affine, ScanSource(modality="CT"))
+    device = choose_device("cpu", "float32")
+    found = {}
+    for usual in (None, 14.0):
+        settings = config(scales=(1.0, 0.8, 1.25), candidate_thresh=0.01).model_copy(
+            update={"usual_lesion_mm": usual}
+        )
+        findings = find_lesions(volume, SmallSpots(), settings, device)
+        found[usual] = max((one.score for one in findings), default=0.0)
+    sure = float(torch.tensor(2.0).sigmoid())
+    # 18 pixels are 22 in the look that magnifies, too many for it; 24 are 19 in the coarse one.
+    assert found[14.0] == pytest.approx(voting * sure, abs=1e-3)
+    assert found[None] == pytest.approx(all_three * sure, abs=1e-3)
+
+
 def test_slices_are_counted_over_all_looks() -> None:
     volume = Volume(np.full((4, 40, 40), -1000, dtype=np.int16), PLAIN, ScanSource(modality="CT"))
     seen: list[tuple[int, int]] = []

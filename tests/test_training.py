@@ -41,6 +41,7 @@ from medvision.training.hard_negatives import (
     save_hard_negatives,
 )
 from medvision.training.loop import Clock, SkipGuard, rate_factor, update_average
+from medvision.training.prepare import usual_side
 from medvision.training.samples import CropSampler, find_training_lesions, lesion_weights
 from medvision.training.targets import make_target
 from medvision.training.train import train
@@ -95,6 +96,9 @@ def test_the_run_folder_alone_predicts_and_holds_no_pickle(
     assert kinds <= {".json", ".jsonl", ".safetensors", ".npy", ".png", ".lock", ""}
     config = load_detector_config(run)
     assert config.class_names == tuple(sorted(config.class_names))
+    # Phantoms hold lesions of 3 to 12 mm or so; boxes end at whole pixels.
+    assert config.usual_lesion_mm is not None
+    assert 2 < config.usual_lesion_mm < 20
     assert json.loads((run / "config.json").read_text())["steps"] == 6
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines][-2:] == ["validation", "held out"]
@@ -104,6 +108,27 @@ def test_the_run_folder_alone_predicts_and_holds_no_pickle(
     scores = [finding.score for finding in findings.findings]
     assert scores == sorted(scores, reverse=True)
     assert findings.model["run"] == "run"
+
+
+def test_the_usual_size_is_what_95_of_100_boxes_do_not_exceed() -> None:
+    # By hand: longest sides 1..100 and one of 4000; 95 percent of the way from the first to the last is 96.
+    sizes = np.array([(side, 1) if side % 2 else (1, side) for side in range(1, 101)] + [(4000, 1)])
+    assert usual_side(sizes.astype(float)) == pytest.approx(96)
+    assert usual_side(np.array([[3.0, 5.0]])) == 5
+
+
+def test_a_unet_looks_once_and_refuses_to_look_more_often() -> None:
+    looks = {"name": "unet"}, {"name": "retinanet"}
+    scales = [make_train_config({"model": model}, "test").predict.scales for model in looks]
+    assert scales == [(1.0,), PredictConfig().scales]
+    assert len(scales[1]) == 3
+    for given, accepted in (([1.0], True), ([1.0, 0.8], False), ([1.0, 0.8, 1.25], False)):
+        values = {"model": {"name": "unet"}, "predict": {"scales": given}}
+        if accepted:
+            assert make_train_config(values, "test").predict.scales == (1.0,)
+        else:
+            with pytest.raises(UsageError, match=r"leave it at \[1.0\]"):
+                make_train_config(values, "test")
 
 
 def test_a_damaged_checkpoint_is_refused(phantom_data: Path, tmp_path: Path) -> None:

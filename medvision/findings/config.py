@@ -58,10 +58,10 @@ class PredictConfig(BaseModel):
         True, description="average over the slices and their mirror images, at the first of scales"
     )
     scales: tuple[float, ...] = Field(
-        (1.0,),
+        (1.0, 0.8, 1.25),
         min_length=1,
-        description="pixel sizes in which a scan is looked at, times that of training, as in [1.0, 0.8, 1.25]; "
-        "the boxes are fused",
+        description="pixel sizes in which a scan is looked at, times that of training; the boxes are fused; "
+        "a U-Net takes [1.0]",
     )
     score_thresh: float = Field(
         0.3,

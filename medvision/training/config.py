@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from medvision.errors import UsageError
 from medvision.findings.config import PredictConfig
@@ -102,7 +110,16 @@ class TrainConfig(BaseModel):
     sampling: SamplingConfig = SamplingConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = RetinaNetConfig()
-    predict: PredictConfig = PredictConfig()
+    predict: PredictConfig = Field(PredictConfig(), validate_default=True)
+
+    @field_validator("predict")
+    @classmethod
+    def _a_unet_looks_once(cls, value: PredictConfig, info: ValidationInfo) -> PredictConfig:
+        if not isinstance(info.data.get("model"), UNetConfig):
+            return value
+        if "scales" in value.model_fields_set and value.scales != (1.0,):
+            raise ValueError("predict.scales fuses boxes; a U-Net draws none: leave it at [1.0]")
+        return value.model_copy(update={"scales": (1.0,)})
 
     @model_validator(mode="after")
     def _crops_fit_the_pyramid(self) -> TrainConfig:
@@ -121,12 +138,6 @@ class TrainConfig(BaseModel):
                 "model.padding must be same for training and prediction, where the output covers the "
                 "input; valid is the paper's, for use of the network by itself"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _a_unet_looks_once(self) -> TrainConfig:
-        if isinstance(self.model, UNetConfig) and self.predict.scales != (1.0,):
-            raise ValueError("predict.scales fuses boxes; a U-Net draws none: leave it at [1.0]")
         return self
 
     @model_validator(mode="after")

@@ -144,7 +144,8 @@ def slice_box_sizes(cases: list[CachedCase]) -> NDArray[np.float64]:
 
 def fit_detector(data: TrainingData, config: TrainConfig, pixel_mm: float) -> DetectorConfig:
     """Return the settings of the detector with anchors fitted to the training lesions."""
-    model = fit_model(config.model, slice_box_sizes(data.training), config.seed)
+    sizes = slice_box_sizes(data.training)
+    model = fit_model(config.model, sizes, config.seed)
     modalities = Counter(case.modality for case in data.training if case.modality)
     return DetectorConfig(
         class_names=data.class_names,
@@ -152,7 +153,13 @@ def fit_detector(data: TrainingData, config: TrainConfig, pixel_mm: float) -> De
         stack=StackConfig(**{**config.stack.model_dump(), "pixel_mm": pixel_mm}),
         model=model,
         predict=config.predict,
+        usual_lesion_mm=round(usual_side(sizes) * pixel_mm, 2) if len(sizes) else None,
     )
+
+
+def usual_side(sizes: NDArray[np.float64]) -> float:
+    """Return the side that 95 of 100 boxes ``sizes[n, 2]`` do not exceed; larger ones are few to learn from."""
+    return float(np.percentile(sizes.max(axis=1), 95))
 
 
 def fit_model(model: ModelConfig, sizes: NDArray[np.float64], seed: int) -> ModelConfig:
