@@ -189,6 +189,7 @@ def train(
             "left out": f"{len(done.left_out)} scans, see the log" if done.left_out else None,
             "held-out CPM": _rounded(done.validation_cpm),
             "sensitivity": _rounded(done.validation_sensitivity_at_1_fp, " at 1 false positive"),
+            "proposal recall": _rounded(done.proposal_recall, " of the lesions' boxes"),
             "output": run,
             "log": session.log_path,
             "next": following,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -189,7 +189,7 @@ def detect_slices(
     outlines: list[Outline] = []
     settings = config.predict
     planes = range(0, volume.shape[0], every)
-    for numbers, batch in _stack_batches(volume, window, planes, config):
+    for numbers, batch in stack_batches(volume, window, planes, config):
         images = torch.from_numpy(batch).to(device.torch_device, memory_format=torch.channels_last)
         with device.autocast():
             selected = detect(
@@ -240,22 +240,22 @@ def segment_slices(
     lesion = np.zeros((slices, rows, columns), dtype=np.float32)
     # Half the memory is enough for what only decides which class is likeliest.
     classes = np.zeros((len(config.class_names), slices, rows, columns), dtype=np.float16)
-    for numbers, batch in _stack_batches(volume, window, range(slices), config):
+    for numbers, batch in stack_batches(volume, window, range(slices), config):
         images = torch.from_numpy(batch).to(device.torch_device, memory_format=torch.channels_last)
         with device.autocast():
             probabilities = segment(network, images, flips=config.predict.flips)
         found = probabilities[:, :, :rows, :columns].cpu().numpy()
-        lesion[numbers.start : numbers.stop] = 1 - found[:, 0]
-        classes[:, numbers.start : numbers.stop] = found[:, 1:].swapaxes(0, 1)
+        lesion[numbers] = 1 - found[:, 0]
+        classes[:, numbers] = found[:, 1:].swapaxes(0, 1)
         on_progress(Progress("predict", numbers[-1] + 1, slices, "slices"))
     corner = (int(window.row_min), int(window.column_min))
     return ProbabilityVolume(lesion, classes, corner, volume.shape[1:])
 
 
-def _stack_batches(
-    volume: Volume, window: Box, planes: range, config: DetectorConfig
-) -> Iterator[tuple[range, NDArray[np.float32]]]:
-    """Yield slice numbers and their ``[batch, channel, row, column]`` in 0..1.
+def stack_batches(
+    volume: Volume, window: Box, planes: Sequence[int], config: DetectorConfig
+) -> Iterator[tuple[Sequence[int], NDArray[np.float32]]]:
+    """Yield numbers of the slices ``planes`` and their ``[batch, channel, row, column]`` in 0..1.
 
     Rows and columns are padded to multiples of the model's coarsest stride.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,11 @@ def test_each_model_goes_from_scans_to_findings(data: Path, tmp_path: Path, name
     summary = train(data, run, small_model(name))
     assert summary.steps == 4
     assert load_detector_config(run).model.name == name
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    recalls = [line["proposals"]["all"] for line in lines if "proposals" in line]
+    assert len(recalls) == (2 if name in ("faster-rcnn", "mask-rcnn") else 0)
+    assert all(0 <= recall["recall"] <= 1 and recall["boxes"] > 0 for recall in recalls)
+    assert summary.proposal_recall == (recalls[-1]["recall"] if recalls else None)
     volume = make_phantom().volume
     found = Predictor(run, "cpu", score_thresh=0.0)(volume)
     again = Predictor(run, "cpu", score_thresh=0.0)(volume)

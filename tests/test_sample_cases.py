@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from medvision import geometry
 from medvision.errors import InputError
 from medvision.geometry import Box
 from medvision.labels.annotation import Annotation
-from medvision.sample.cases import MadeCase, make_test_case, make_train_case
+from medvision.sample.cases import MadeCase, lung_window, make_test_case, make_train_case
 from medvision.sample.config import SampleConfig, load_config
 from medvision.sample.donors import Plan
 from medvision.sample.lidc import Contour, Nodule, Outline
@@ -98,6 +99,32 @@ def test_training_case_is_a_piece_of_the_ct_in_its_place(
     assert case.volume.array.dtype == np.int16
     changed = case.volume.array != base_of(chest, case)
     assert 0 < changed.mean() < 0.2
+
+
+def test_a_case_from_elsewhere_shows_body_and_nothing_of_the_test_lung(
+    chest: Chest, config: SampleConfig
+) -> None:
+    train = config.train.model_copy(update={"size": (8, 40, 60), "min_lung_fraction": 0.1})
+    config = config.model_copy(update={"train": train})
+    test = lung_window(chest, config.test.margin)
+    starts = set()
+    for index in range(12):
+        elsewhere = replace(plan(), elsewhere=True)
+        case = make_train_case(chest, elsewhere, index, config, FAR)
+        low = np.rint(chest.volume.patient_to_index(case.volume.index_to_patient([0, 0, 0])))
+        box = Box(*low.astype(int).tolist(), *(low.astype(int) + train.size).tolist())
+        assert case.annotations == ()
+        assert case.donated == ()
+        assert (np.minimum(box.upper, test.upper) <= np.maximum(box.lower, test.lower)).any()
+        assert chest.right.mask[box.slices].mean() < 0.1
+        starts.add(tuple(low))
+    assert len(starts) > 6
+
+
+def test_no_body_outside_the_test_lung_is_refused(chest: Chest, config: SampleConfig) -> None:
+    empty = replace(chest, volume=replace(chest.volume, array=np.full(SHAPE, -1000, np.int16)))
+    with pytest.raises(InputError, match="lies in the body"):
+        make_train_case(empty, replace(plan(), elsewhere=True), 0, config, FAR)
 
 
 def test_labels_lie_on_what_was_put_in(chest: Chest, case: MadeCase) -> None:

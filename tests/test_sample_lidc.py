@@ -75,7 +75,7 @@ def database(tmp_path: Path) -> Path:
 @pytest.fixture
 def config() -> SampleConfig:
     config = load_config()
-    train = config.train.model_copy(update={"scans": 9, "healthy_scans": 3})
+    train = config.train.model_copy(update={"scans": 9, "healthy_scans": 3, "elsewhere_scans": 2})
     test = config.test.model_copy(update={"scans": 4})
     return config.model_copy(update={"train": train, "test": test, "ct_patient_id": "P07"})
 
@@ -167,6 +167,8 @@ def test_no_patient_is_in_two_cases(database: Path, config: SampleConfig) -> Non
     assert len(donors) == len(set(donors)) > 0
     assert "P07" not in donors
     assert sum(not plan.nodules for plan in train) == 3
+    assert [bool(plan.nodules) for plan in train if plan.elsewhere] == [False, False]
+    assert not any(plan.elsewhere for plan in test)
     assert [plan.case_id for plan in test] == [f"test_{i:03d}" for i in range(4)]
 
 

@@ -25,7 +25,7 @@ from medvision.scans.images import write_image
 from medvision.scans.load import read_scan
 from medvision.scans.volume import Volume
 
-SHAPE = (30, 100, 180)
+SHAPE = (30, 100, 250)
 OWN_CENTER = (15, 60, 130)
 SERIES_UID = "1.2.826.0.1.3680043.2.1"
 
@@ -37,7 +37,7 @@ def circle(column: float, row: float, radius: float) -> str:
 
 
 def write_ct(path: Path) -> Path:
-    """A chest with one nodule in the left lung, its rows stored from back to front."""
+    """A chest with one nodule in the left lung and an arm beside it, its rows stored from back to front."""
     z, y, x = np.indices(SHAPE)
     labels = np.zeros(SHAPE, np.uint8)
     for value, middle in ((12, 50), (10, 130)):
@@ -102,7 +102,7 @@ def small(config: SampleConfig, cache: Path) -> SampleConfig:
         digest = hashlib.sha256((cache / name).read_bytes()).hexdigest()
         return old.model_copy(update={"file_name": name, "sha256": digest})  # type: ignore[attr-defined]
 
-    train = {"scans": 5, "healthy_scans": 2, "size": (16, 64, 64)}
+    train = {"scans": 5, "healthy_scans": 2, "elsewhere_scans": 1, "size": (16, 64, 64)}
     return config.model_copy(
         update={
             "ct_wheel": wheel("ct.whl", config.ct_wheel),

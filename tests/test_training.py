@@ -26,7 +26,7 @@ from medvision.sample_data.phantoms import make_phantom, write_phantom_dataset
 from medvision.stacks.augment import AugmentConfig, Augmenter
 from medvision.stacks.config import StackConfig
 from medvision.training import hard_negatives
-from medvision.training.cache import cache_case, label_array
+from medvision.training.cache import CachedCase, cache_case, label_array
 from medvision.training.checkpoint import read_state
 from medvision.training.config import (
     SamplingConfig,
@@ -42,7 +42,14 @@ from medvision.training.hard_negatives import (
 )
 from medvision.training.loop import Clock, SkipGuard, rate_factor, update_average
 from medvision.training.prepare import usual_side
-from medvision.training.samples import CropSampler, find_training_lesions, lesion_weights
+from medvision.training.samples import (
+    CropSampler,
+    Lesion,
+    find_training_lesions,
+    lesion_weights,
+    tell_too_large,
+    too_large,
+)
 from medvision.training.targets import make_target
 from medvision.training.train import train
 
@@ -176,6 +183,27 @@ def sampler_of(cases: list, **changes: float) -> CropSampler:
     sampling = SamplingConfig(crop_size=48, **changes)
     augmenter = Augmenter(AugmentConfig(affine_p=0, intensity_p=0, noise_p=0), 48)
     return CropSampler(cases, lesions, StackConfig(n_slices=3), sampling, augmenter, 7)
+
+
+def lesion_of(rows: float, columns: float) -> Lesion:
+    window = (slice(0, 1), slice(0, 1), slice(0, 1))
+    return Lesion(0, 1, 0, np.array([0]), (50.0, 50.0), (rows / 2, columns / 2), window)
+
+
+def test_lesions_that_no_crop_shows_half_of_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    one = CachedCase.__new__(CachedCase)
+    object.__setattr__(one, "case_id", "one")
+    # Crops of 96: 96 / 190 is more than half, 96 / 200 less, and 96 / 140 squared is 0.47.
+    fits, long, square = lesion_of(20, 190), lesion_of(20, 200), lesion_of(140, 140)
+    assert too_large([fits, long, square], 96, 0.5) == [long, square]
+    tell_too_large([fits], [one], SamplingConfig())
+    assert caplog.text == ""
+    tell_too_large([fits, long, square], [one], SamplingConfig())
+    assert "2 of 3 lesions are too large for crops of 96 pixels" in caplog.text
+    assert "Set sampling.crop_size to 112" in caplog.text
+    with pytest.raises(InputError, match="1 of 1 lesions are too large"):
+        tell_too_large([square], [one], SamplingConfig())
+    tell_too_large([], [one], SamplingConfig())
 
 
 def test_samples_depend_on_seed_and_number_only(phantom_data: Path, tmp_path: Path) -> None:

@@ -227,6 +227,13 @@ def _create_timm(name: str, in_channels: int) -> Any:
             f"timm {timm.__version__} has no model {name!r}.",
             do=f"Did you mean timm/{near[0]}?" if near else "See timm.list_models().",
         )
+    published = timm.get_pretrained_cfg(name)
+    if published is not None and published.fixed_input_size:
+        raise UsageError(
+            f"timm's {name} takes images of {published.input_size[-1]} x {published.input_size[-2]} pixels "
+            "only; crops and slices have other sizes.",
+            do="Choose a convolutional model.",
+        )
     try:
         return timm.create_model(name, pretrained=False, features_only=True, in_chans=in_channels)
     except (RuntimeError, AttributeError, TypeError) as error:

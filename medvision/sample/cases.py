@@ -24,6 +24,9 @@ from medvision.scans.volume import ScanSource, Volume
 _TRAIN_PURPOSE = 2
 _TEST_PURPOSE = 3
 _WINDOW_ATTEMPTS = 20
+_ELSEWHERE_ATTEMPTS = 10000
+_BODY_HU = -300
+"""What is above it is body: neither air, nor lung, nor the table's foam."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,14 @@ Placed = tuple[Donated, Window, NDArray[np.bool_]]
 def make_train_case(
     chest: Chest, plan: Plan, index: int, config: SampleConfig, own: Annotation
 ) -> MadeCase:
-    """Make sub-volume number ``index`` of the training lung; InputError if there is no room.
+    """Make training sub-volume number ``index``; InputError if there is no room.
 
     ``own`` is the CT's own nodule in the CT's grid: what of it comes into view is to be ignored.
     """
     rng = np.random.default_rng([config.seed, _TRAIN_PURPOSE, index])
     for _ in range(_WINDOW_ATTEMPTS):
-        box = draw_window(chest.right, config, rng)
+        draw_box = draw_elsewhere if plan.elsewhere else draw_window
+        box = draw_box(chest, config, rng)
         case = _make(chest, chest.right, box, plan, config, rng, config.train.decoys, own)
         if case is not None:
             return case
@@ -127,9 +131,9 @@ def _part_inside(annotation: Annotation, box: Box) -> Annotation | None:
     return replace(annotation, box=part, mask=annotation.mask[inner], ignore=True)
 
 
-def draw_window(lung: Lung, config: SampleConfig, rng: np.random.Generator) -> Box:
-    """Draw a sub-volume that reaches over the lung's box and holds enough lung."""
-    size = np.array(config.train.size)
+def draw_window(chest: Chest, config: SampleConfig, rng: np.random.Generator) -> Box:
+    """Draw a sub-volume that reaches over the training lung's box and holds enough of it."""
+    lung, size = chest.right, np.array(config.train.size)
     over = size // 8
     low = np.maximum(lung.box.lower - over, 0).astype(int)
     high = np.minimum(lung.box.upper + over, lung.mask.shape).astype(int) - size
@@ -139,6 +143,25 @@ def draw_window(lung: Lung, config: SampleConfig, rng: np.random.Generator) -> B
         if lung.mask[box.slices].mean() >= config.train.min_lung_fraction:
             return box
     raise InputError("No sub-volume of the training size holds enough lung.")
+
+
+def draw_elsewhere(chest: Chest, config: SampleConfig, rng: np.random.Generator) -> Box:
+    """Draw a sub-volume of the body with less lung than the others, and nothing of what test shows.
+
+    A detector that has seen lung alone takes stool in the colon for a nodule.
+    """
+    size = np.array(config.train.size)
+    high = np.maximum(np.array(chest.volume.shape) - size, 0)
+    test = lung_window(chest, config.test.margin)
+    for _ in range(_ELSEWHERE_ATTEMPTS):
+        start = rng.integers(0, high + 1)
+        box = Box(*start.tolist(), *(start + size).tolist())
+        apart = ((box.upper <= test.lower) | (box.lower >= test.upper)).any()
+        if not apart or chest.right.mask[box.slices].mean() >= config.train.min_lung_fraction:
+            continue
+        if (chest.volume.array[box.slices] > _BODY_HU).mean() >= config.train.min_body_fraction:
+            return box
+    raise InputError("No sub-volume of the training size lies in the body outside the test lung.")
 
 
 def lung_window(chest: Chest, margin: Sequence[int]) -> Box:

@@ -6,11 +6,11 @@ import hashlib
 from importlib import resources
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from medvision.errors import InputError
 
-RECIPE = 1
+RECIPE = 2
 """Number of the way samples are made; raised by every change of code that changes a voxel."""
 
 
@@ -38,14 +38,25 @@ class WheelConfig(_Part):
 
 
 class TrainConfig(_Part):
-    """The sub-volumes of the right lung to train on."""
+    """The sub-volumes to train on: of the right lung, and healthy ones from elsewhere in the body."""
 
     scans: PositiveInt
     healthy_scans: int = Field(ge=0)
+    elsewhere_scans: int = Field(ge=0)
     nodule_counts: dict[PositiveInt, Fraction]
     decoys: tuple[int, int]
     size: tuple[int, int, int]
     min_lung_fraction: Fraction
+    min_body_fraction: Fraction
+
+    @model_validator(mode="after")
+    def _counts_fit(self) -> TrainConfig:
+        if not self.elsewhere_scans <= self.healthy_scans <= self.scans:
+            raise ValueError(
+                "elsewhere_scans must be at most healthy_scans, and these at most scans; got "
+                f"{self.elsewhere_scans}, {self.healthy_scans}, {self.scans}"
+            )
+        return self
 
 
 class TestConfig(_Part):

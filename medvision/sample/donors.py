@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,11 +17,15 @@ _PURPOSE = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """The nodules to put into one case, and the outlines that its healthy patches are cut with."""
+    """The nodules to put into one case, and the outlines that its healthy patches are cut with.
+
+    ``elsewhere``: the case shows some other part of the body than the training lung.
+    """
 
     case_id: str
     nodules: tuple[Nodule, ...]
     patch_outlines: tuple[Outline, ...]
+    elsewhere: bool = False
 
     @property
     def patient_ids(self) -> frozenset[str]:
@@ -63,6 +67,10 @@ def plan_cases(
         train = [_plan(f"train_{i:03d}", n, donors) for i, n in enumerate(shuffled)]
     except StopIteration:
         raise InputError("The outlines come from too few patients for so many cases.") from None
+    # The order of the cases is random already: no further draw, which would change all that follow.
+    healthy = [index for index, plan in enumerate(train) if not plan.nodules]
+    for index in healthy[: config.train.elsewhere_scans]:
+        train[index] = replace(train[index], elsewhere=True)
     return tuple(train), tuple(test)
 
 

@@ -31,7 +31,7 @@ from medvision.training.hard_negatives import (
 from medvision.training.loop import Clock, SkipGuard, Trainer, batches, monotonic
 from medvision.training.pictures import write_validation_pictures
 from medvision.training.prepare import TrainingData
-from medvision.training.samples import CropSampler, find_training_lesions
+from medvision.training.samples import CropSampler, find_training_lesions, tell_too_large
 from medvision.training.validate import Validation, validate
 
 METRICS_FILE = "metrics.jsonl"
@@ -135,9 +135,11 @@ class Session:
 
     def _dataset(self) -> CropSampler:
         cases = self.cases.training
+        lesions = find_training_lesions(cases, self.detector.class_names)
+        tell_too_large(lesions, cases, self.config.sampling)
         return CropSampler(
             cases,
-            find_training_lesions(cases, self.detector.class_names),
+            lesions,
             self.detector.stack,
             self.config.sampling,
             Augmenter(self.config.augment, self.config.sampling.crop_size),
@@ -227,6 +229,7 @@ class Session:
                 "cpm": result.cpm,
                 "sensitivity_at_1_fp": result.sensitivity_at_1_fp,
                 "score_thresh": result.score_thresh,
+                **_proposal_record(result),
             }
         )
 
@@ -240,6 +243,17 @@ class Session:
             result.results,
             detector.predict.score_thresh,
         )
+
+
+def _proposal_record(result: Validation) -> dict[str, object]:
+    """Return the proposal recall of a two-stage model: share and number of boxes, for all and each class."""
+    if not result.proposals:
+        return {}
+    recall = {
+        name: {"recall": found.share, "boxes": found.boxes}
+        for name, found in result.proposals.items()
+    }
+    return {"proposals": recall}
 
 
 def _drop_later_records(path: Path, step: int) -> None:

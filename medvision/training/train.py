@@ -35,6 +35,7 @@ from medvision.training.config import CONFIG_FILE, TrainConfig
 from medvision.training.hard_negatives import HARD_NEGATIVES_FILE
 from medvision.training.loop import Trainer
 from medvision.training.prepare import TrainingData, count_lesions, fit_detector, prepare_data
+from medvision.training.recall import ALL
 from medvision.training.session import METRICS_FILE, Session
 from medvision.training.transfer import (
     TransferPlan,
@@ -49,7 +50,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """What a run did. ``validation_cpm`` is None where no lesion was held out."""
+    """What a run did. Figures of validation are None where no lesion was held out.
+
+    ``proposal_recall`` is of the two-stage models alone.
+    """
 
     run: Path
     steps: int
@@ -61,6 +65,7 @@ class TrainSummary:
     left_out: tuple[tuple[str, str], ...]
     validation_cpm: float | None
     validation_sensitivity_at_1_fp: float | None
+    proposal_recall: float | None
     best_step: int
     skipped_steps: int
     device: str
@@ -164,6 +169,7 @@ def _train(
         left_out=cases.left_out,
         validation_cpm=last.cpm if last else None,
         validation_sensitivity_at_1_fp=last.sensitivity_at_1_fp if last else None,
+        proposal_recall=last.proposals[ALL].share if last and last.proposals else None,
         best_step=state.best_step,
         skipped_steps=state.skipped_steps,
         device=device.name,

@@ -18,9 +18,12 @@ from medvision.evaluation.froc import (
     sensitivity_at,
 )
 from medvision.evaluation.matching import match_centers
+from medvision.models.faster_rcnn import FasterRCNN
+from medvision.models.proposals import ProposalRecall
 from medvision.predict import find_lesions
 from medvision.progress import Progress, ProgressCallback
 from medvision.training.cache import CachedCase
+from medvision.training.recall import measure_proposals
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Validation:
     """FROC figures over all classes; None where the held-out scans have no lesion.
 
     ``score_thresh`` is the lowest score that lets ``operating_fp_per_scan`` through; None if even the best
-    finding is a false positive too many.
+    finding is a false positive too many. ``proposals`` counts the lesions' boxes that a two-stage model
+    proposes, by class and for "all"; empty for other models.
     """
 
     scans: int
@@ -36,6 +40,7 @@ class Validation:
     cpm: float | None
     sensitivity_at_1_fp: float | None
     score_thresh: float | None
+    proposals: dict[str, ProposalRecall]
     results: tuple[CaseResult, ...]
 
 
@@ -73,8 +78,17 @@ def validate(
         cpm=_finite(competition_metric(curve)),
         sensitivity_at_1_fp=_finite(float(sensitivity_at(curve, [1.0])[0])),
         score_thresh=_finite(thresh),
+        proposals=_proposals(network, config, cases, device),
         results=tuple(results),
     )
+
+
+def _proposals(
+    network: nn.Module, config: DetectorConfig, cases: list[CachedCase], device: Device
+) -> dict[str, ProposalRecall]:
+    if not isinstance(network, FasterRCNN):
+        return {}
+    return measure_proposals(network, config, cases, device)
 
 
 def _finite(value: float) -> float | None:
