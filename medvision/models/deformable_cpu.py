@@ -26,6 +26,9 @@ BORDER = 2
 _COLUMNS_BYTES = 2**22
 """Columns made at a time: they should still be in the cache when they are multiplied."""
 
+_COLUMNS_BYTES_FLOAT32 = 2**26
+"""The same in float32, where each product first reorders the weights: few large ones are faster."""
+
 
 class Geometry(NamedTuple):
     """The constants of a convolution; pairs are (row, column)."""
@@ -78,7 +81,7 @@ class _DeformConv(torch.autograd.Function):
         samples = _place(maps, offset, mask, geometry)
         output = maps.new_empty((batch * out_rows * out_columns, len(kernel)))
         for part, columns in _columns(rows, samples, kernel, geometry.taps):
-            torch.mm(columns, kernel.t(), out=output[part])
+            output[part] = _times(columns, kernel)
         if bias is not None:
             output += bias
         ctx.geometry = geometry
@@ -123,16 +126,16 @@ def _back_to_samples(
 ) -> Tensor:
     """Return the columns' gradient times each neighbour, ``[samples, 4]``; add to ``grad_rows``.
 
-    One image at a time: the gradient of its columns is written to the same memory for each.
+    One image at a time, so that the gradient of its columns is never there for all.
     """
     products = torch.empty_like(samples.shares)
-    columns = outer.new_empty((len(outer) // max(images, 1), kernel.shape[1]))
+    transposed = kernel.t().contiguous()
     for image in range(images):
         part, here, cells = (
             slice(image * len(of) // images, (image + 1) * len(of) // images)
             for of in (outer, products, rows)
         )
-        torch.mm(outer[part], kernel, out=columns)
+        columns = _times(outer[part], transposed)
         values, neighbours = columns.view(-1, rows.shape[1]), samples.neighbours[here]
         products[here] = _products(values, rows, neighbours)
         if grad_rows is not None:
@@ -178,12 +181,25 @@ def _columns(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of positions with their columns ``[positions, taps * C]``, as many as fit the cache."""
     positions = len(samples.shares) // taps
-    step = max(1, _COLUMNS_BYTES // (kernel.shape[1] * kernel.element_size()))
+    at_once = _COLUMNS_BYTES_FLOAT32 if kernel.dtype == torch.float32 else _COLUMNS_BYTES
+    step = max(1, at_once // (kernel.shape[1] * kernel.element_size()))
     for first in range(0, positions, step):
         part = slice(first, min(first + step, positions))
         here = slice(part.start * taps, part.stop * taps)
         columns = gather(rows, samples.neighbours[here], samples.shares[here])
         yield part, columns.view(-1, kernel.shape[1])
+
+
+def _times(rows: Tensor, kernel: Tensor) -> Tensor:
+    """Return ``rows[n, k] @ kernel[m, k].T``, in float32 as a 1 x 1 convolution.
+
+    That is oneDNN's, which takes 0.5 to 0.9 of the time of the matrix product's library on an AMD processor.
+    """
+    if rows.dtype != torch.float32:
+        return rows @ kernel.t()
+    image = rows[None, :, None].permute(0, 3, 1, 2)  # [1, k, n, 1], channels last without a copy
+    weight = kernel[..., None, None].contiguous(memory_format=torch.channels_last)
+    return functional.conv2d(image, weight)[0, ..., 0].t().contiguous()
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
