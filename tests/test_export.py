@@ -33,7 +33,7 @@ from medvision.export import check, files, graph
 from medvision.export.check import TOLERANCE, check_volumes, compare, largest_difference
 from medvision.export.engine import OnnxPredictor, OnnxSession
 from medvision.export.files import find_exported, load_exported, require_packages, settings_path
-from medvision.export.graph import Exported, export_run
+from medvision.export.graph import Exported, _write_torchscript, export_run
 from medvision.export.outputs import GraphOutputs, graph_module
 from medvision.export.two_stage import FixedLengths
 from medvision.findings.config import PredictConfig
@@ -251,11 +251,12 @@ def test_a_two_stage_graph_with_one_level_finds_what_the_network_does() -> None:
     torch.testing.assert_close(boxes[:count], expected["boxes"], atol=1e-3, rtol=1e-4)
 
 
-def family_run(folder: Path, name: str) -> Path:
-    """Write a run of a model whose outputs are not all alike."""
+def family_run(folder: Path, name: str, **changes: dict[str, Any]) -> Path:
+    """Write a run of a model whose outputs are not all alike; ``changes`` go into its parts."""
     folder.mkdir()
     torch.manual_seed(0)
-    config = CONFIG.model_copy(update={"model": MODEL_CONFIGS[name](**FAMILY[name])})
+    parts = {**FAMILY[name], **{k: {**FAMILY[name].get(k, {}), **v} for k, v in changes.items()}}
+    config = CONFIG.model_copy(update={"model": MODEL_CONFIGS[name](**parts)})
     network = build_model(config.model, 3, 2)
     spread_out(network)
     save_detector_config(folder, config)
@@ -283,6 +284,27 @@ def test_every_model_is_exported_to_torchscript(name: str, tmp_path: Path) -> No
     assert done.model.check.largest_difference <= TOLERANCE
     assert len(done.model.check.sizes) == 2
     assert ("masks" in done.model.outputs) == (name == "mask-rcnn")
+
+
+class OneSizeOnly(nn.Module):
+    """A graph whose trace holds the length of its example."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (images[0] * torch.arange(len(images[0, 0, 0])),)
+
+
+def test_a_trace_that_fails_on_another_size_is_refused(tmp_path: Path) -> None:
+    run = _write_torchscript(OneSizeOnly(), ["out"], torch.rand(1, 3, 4, 8), tmp_path / "a.pt")
+    assert run(torch.ones(1, 3, 2, 8))["out"][0, 0].tolist() == list(range(8))
+    with pytest.raises(InputError, match="fails on slices of 4 x 9 pixels"):
+        run(torch.rand(1, 3, 4, 9))
+
+
+def test_deformable_pooling_is_exported_to_torchscript(tmp_path: Path) -> None:
+    run = family_run(tmp_path / "run", "faster-rcnn", regions={"pooling": "deformable"})
+    done = export_run(run, format="torchscript")
+    assert done.model.check.largest_difference <= TOLERANCE
+    assert len(done.model.check.sizes) == 2
 
 
 @needs_onnx

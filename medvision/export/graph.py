@@ -113,7 +113,18 @@ def _write_torchscript(module: nn.Module, names: list[str], images: Tensor, path
         traced = torch.jit.trace(module, images)
         torch.jit.save(traced, str(path))
         loaded = torch.jit.load(str(path))
-    return lambda images: dict(zip(names, loaded(images), strict=True))
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        try:
+            return dict(zip(names, loaded(images), strict=True))
+        except RuntimeError as error:
+            raise InputError(
+                f"The traced graph fails on slices of {images.shape[-2]} x {images.shape[-1]} pixels.",
+                why=str(error).strip().splitlines()[-1],
+                do="Use --format onnx.",
+            ) from error
+
+    return run
 
 
 _WRITERS = {"onnx": _write_onnx, "torchscript": _write_torchscript}

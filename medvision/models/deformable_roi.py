@@ -120,11 +120,11 @@ def deform_roi_align(
     first = rois[:, 0].long().view(-1, 1, 1, 1) * (height + 2 * BORDER)
     start = (first + low_y.nan_to_num(0).long() + BORDER) * line
     start = start + low_x.nan_to_num(0).long() + BORDER
-    steps = torch.tensor((0, 1, line, line + 1), device=start.device)
-    neighbours = start[..., None] + steps
+    # No constants here, nor lengths: in a traced graph they would be those of the example.
+    neighbours = torch.stack((start, start + 1, start + line, start + line + 1), dim=-1)
     rows = padded_rows(features.to(y.dtype))
     pooled = _gather(rows, neighbours.flatten(0, 2).flatten(1), shares.flatten(0, 2).flatten(1))
-    pooled = pooled.view(len(rois), *shifts.shape[2:], features.shape[1])
+    pooled = pooled.view(rois.shape[0], shifts.shape[2], shifts.shape[3], features.shape[1])
     return pooled.permute(0, 3, 1, 2).to(features.dtype)
 
 
