@@ -152,7 +152,9 @@ def test_a_run_with_its_validations_ends_within_the_time_limit(
     monkeypatch.setattr(session, "monotonic", turned)
     monkeypatch.setattr(session, "validate", slow_validation)
     monkeypatch.setattr(Trainer, "step", slow_step)
-    summary = train(phantom_data, tmp_path, small(steps=1000, validations=2, max_minutes=2))
+    four_looks = {"scales": [1.0]}
+    config = small(steps=1000, validations=2, max_minutes=2, predict=four_looks)
+    summary = train(phantom_data, tmp_path, config)
     assert 115 <= turned.now <= 120
     assert summary.steps == turned.now - 5 - 5 - 20
 

@@ -11,7 +11,8 @@ from torch.nn import functional
 from torchvision import ops
 
 from medvision.errors import UsageError
-from medvision.models.deformable_cpu import Geometry, deform_conv2d_cpu
+from medvision.models.deformable_cpu import deform_conv2d_cpu
+from medvision.models.deformable_samples import Geometry
 
 Pair = tuple[int, int]
 LAST_THREE_STAGES = ("layer2", "layer3", "layer4")

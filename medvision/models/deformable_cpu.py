@@ -15,44 +15,20 @@ Two rows of zeros on each side hold every sample's four neighbours once its plac
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-BORDER = 2
+from medvision.models.deformable_samples import BORDER, Geometry, Samples, place, place_gradients
+
 _COLUMNS_BYTES = 2**22
 """Columns made at a time: they should still be in the cache when they are multiplied."""
 
 _COLUMNS_BYTES_FLOAT32 = 2**26
 """The same in float32, where each product first reorders the weights: few large ones are faster."""
-
-
-class Geometry(NamedTuple):
-    """The constants of a convolution; pairs are (row, column)."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-    @property
-    def taps(self) -> int:
-        """Return the number of positions of the kernel."""
-        return self.kernel[0] * self.kernel[1]
-
-
-class Samples(NamedTuple):
-    """Where the samples lie on the padded rows; their order is batch, row, column, tap."""
-
-    below: Tensor  # [samples] share of the lower neighbours, 0..1
-    right: Tensor  # [samples] share of the right-hand neighbours, 0..1
-    mask: Tensor | None  # [samples] factor of the whole sample
-    neighbours: Tensor  # [samples, 4] rows: upper left, upper right, lower left, lower right
-    shares: Tensor  # [samples, 4] what each counts, the mask included; in the map's type
-    steps: tuple[int, int, int, int]  # rows between the first neighbour and each
 
 
 def deform_conv2d_cpu(
@@ -78,7 +54,7 @@ class _DeformConv(torch.autograd.Function):
         maps, offset, mask, weight, bias, geometry = given
         batch, _, out_rows, out_columns = offset.shape
         rows, kernel = padded_rows(maps), _kernel_rows(weight)
-        samples = _place(maps, offset, mask, geometry)
+        samples = place(maps, offset, mask, geometry)
         output = maps.new_empty((batch * out_rows * out_columns, len(kernel)))
         for part, columns in _columns(rows, samples, kernel, geometry.taps):
             output[part] = _times(columns, kernel)
@@ -94,7 +70,7 @@ class _DeformConv(torch.autograd.Function):
         maps, offset, mask, weight = ctx.saved_tensors
         for_maps, for_offset, for_mask, for_weight, for_bias, _ = ctx.needs_input_grad
         outer = grad.permute(0, 2, 3, 1).reshape(-1, len(weight))
-        samples = _place(maps, offset, mask, ctx.geometry)
+        samples = place(maps, offset, mask, ctx.geometry)
         rows, kernel = padded_rows(maps), _kernel_rows(weight)
         grads: list[Tensor | None] = [None] * 6
         if for_weight:
@@ -106,7 +82,7 @@ class _DeformConv(torch.autograd.Function):
             grad_rows = torch.zeros_like(rows) if for_maps else None
             products = _back_to_samples(outer, kernel, rows, samples, len(maps), grad_rows)
             grads[0] = None if grad_rows is None else _unpadded(grad_rows, maps)
-            grad_offset, grad_mask = _place_gradients(products, samples, offset)
+            grad_offset, grad_mask = place_gradients(products, samples, offset)
             grads[1], grads[2] = (
                 grad_offset if for_offset else None,
                 grad_mask if for_mask else None,
@@ -209,62 +185,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _place(maps: Tensor, offset: Tensor, mask: Tensor | None, geometry: Geometry) -> Samples:
-    """Find where the samples lie; what is not a number stays so in the shares, and in the output."""
-    height, width = maps.shape[2:]
-    batch, _, out_rows, out_columns = offset.shape
-    accurate = torch.float64 if maps.dtype == torch.float64 else torch.float32
-    shifts = offset.view(batch, geometry.taps, 2, out_rows, out_columns).permute(0, 3, 4, 1, 2)
-    rows, columns = _taps((out_rows, out_columns), geometry, offset.device, accurate)
-    y = (shifts[..., 0] + rows).clamp_(-BORDER, height)
-    x = (shifts[..., 1] + columns).clamp_(-BORDER, width)
-    low_y, low_x = y.floor(), x.floor()
-    below, right = y.sub_(low_y), x.sub_(low_x)
-    line = width + 2 * BORDER
-    first = torch.arange(batch, device=maps.device, dtype=torch.int32) * (height + 2 * BORDER)
-    start = low_y.nan_to_num_(-BORDER).int()
-    start += (first + BORDER).view(-1, 1, 1, 1)
-    start *= line
-    start += low_x.nan_to_num_(-BORDER).int()
-    start += BORDER
-    mask = None if mask is None else mask.permute(0, 2, 3, 1).to(accurate).flatten()
-    below, right, steps = below.flatten(), right.flatten(), (0, 1, line, line + 1)
-    shares = _shares(below, right, mask).to(maps.dtype)
-    return Samples(below, right, mask, _neighbours(start.flatten(), steps), shares, steps)
-
-
-def _taps(
-    size: tuple[int, int], geometry: Geometry, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return the regular places of the taps: rows ``[rows, 1, taps]``, columns ``[columns, taps]``."""
-    places = []
-    for axis in (0, 1):
-        at = torch.arange(size[axis], device=device, dtype=dtype) * geometry.stride[axis]
-        tap = torch.arange(geometry.kernel[axis], device=device, dtype=dtype)
-        places.append((at - geometry.padding[axis])[:, None] + tap * geometry.dilation[axis])
-    rows = places[0].repeat_interleave(geometry.kernel[1], dim=1)[:, None]
-    return rows, places[1].repeat(1, geometry.kernel[0])
-
-
-def _neighbours(start: Tensor, steps: tuple[int, ...]) -> Tensor:
-    """Return ``[samples, 4]`` rows: upper left, upper right, lower left, lower right."""
-    neighbours = start.new_empty((len(start), len(steps)))
-    for corner, step in enumerate(steps):
-        torch.add(start, step, out=neighbours[:, corner])
-    return neighbours
-
-
-def _shares(below: Tensor, right: Tensor, mask: Tensor | None) -> Tensor:
-    """Return ``[samples, 4]`` weights of the neighbours, in their order, times the mask."""
-    lower = below if mask is None else below * mask
-    upper = 1 - below if mask is None else mask - lower
-    shares = right.new_empty((len(right), 4))
-    for corner, part in ((0, upper), (2, lower)):
-        torch.mul(part, right, out=shares[:, corner + 1])
-        torch.sub(part, shares[:, corner + 1], out=shares[:, corner])
-    return shares
-
-
 def _products(grad_columns: Tensor, rows: Tensor, neighbours: Tensor) -> Tensor:
     """Return ``[samples, 4]``: the products of each sample's gradient with its neighbours."""
     count = len(neighbours)
@@ -292,25 +212,3 @@ def _scatter(
         out[step:] += functional.embedding_bag(
             order, values, bags, mode="sum", per_sample_weights=share
         )
-
-
-def _place_gradients(
-    products: Tensor, samples: Samples, offset: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of offset and mask from the products with the four neighbours."""
-    below, right, mask = samples[:3]
-    batch, _, rows, columns = offset.shape
-    taps = offset.shape[1] // 2
-    products = products.to(below.dtype)
-    upper, lower = products[:, :2], products[:, 2:]
-    left_right = torch.lerp(products[:, 0::2], products[:, 1::2], right[:, None])
-    by_row = left_right[:, 1] - left_right[:, 0]
-    by_column = torch.lerp(upper[:, 1] - upper[:, 0], lower[:, 1] - lower[:, 0], below)
-    places = torch.stack((by_row, by_column), dim=1)
-    grad_mask = None
-    if mask is not None:
-        value = torch.lerp(left_right[:, 0], left_right[:, 1], below)
-        grad_mask = value.view(batch, rows, columns, taps).permute(0, 3, 1, 2).to(offset.dtype)
-        places = places * mask[:, None]
-    grad_offset = places.view(batch, rows, columns, 2 * taps).permute(0, 3, 1, 2)
-    return grad_offset.to(offset.dtype), grad_mask

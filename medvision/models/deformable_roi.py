@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torchvision import ops
 
 from medvision.errors import UsageError
-from medvision.models.deformable_cpu import BORDER, gather, padded_rows
+from medvision.models.deformable_cpu import gather, padded_rows
+from medvision.models.deformable_samples import BORDER
 
 
 class DeformRoIAlign(nn.Module):
