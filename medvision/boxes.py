@@ -39,17 +39,19 @@ def cluster_views(
     Weighted boxes fusion (Solovyev et al., Image and Vision Computing 2021): the score of a group is the
     mean over all ``views`` of the best score in each, 0 where a view has none, so that a box which one
     view alone sees counts for little. ``view[n]`` is the number of the view that a box is from.
-    ``votes[n, views]`` names the views that have a say on a box like this one, all by default: the others
-    neither raise nor lower its score, and what a view has no say on itself is left out.
+    ``votes[n, views]`` names the views that have a say on a box like this one, all by default: on the best box
+    of a group it decides whose boxes count for the group, and no view starts a group on a box that it has
+    no say on.
     """
     if votes is None:
         votes = np.ones((len(scores), views), dtype=bool)
     ranked = np.argsort(-scores, kind="stable")
     overlaps = pairwise_iou(boxes[ranked], boxes[ranked])
-    free = votes[ranked, view[ranked]]
+    own = votes[ranked, view[ranked]]
+    free = np.ones(len(ranked), dtype=bool)
     clusters = []
     for seed in range(len(ranked)):
-        if free[seed]:
+        if free[seed] and own[seed]:
             group = free & (overlaps[seed] > overlap)
             group[seed] = True
             free &= ~group

@@ -38,7 +38,7 @@ class DetectorConfig(BaseModel):
     usual_lesion_mm: float | None = Field(
         None,
         gt=0,
-        description="what 95 of 100 lesions of training do not exceed on a slice, mm; None: not known",
+        description="side that 95 of 100 lesion boxes on training slices do not exceed, mm; None: not known",
     )
 
     @property

@@ -149,7 +149,8 @@ def detect_at_scales(
 
 def _largest_box(volume: Volume, config: DetectorConfig, scale: float) -> tuple[float, float]:
     """Return the width and height, in pixels of ``volume``, on which a look in pixels of ``scale`` votes."""
-    if config.usual_lesion_mm is None or scale >= config.predict.scales[0]:
+    # A look in the pixels of training always votes, or the coarsest if all of them magnify.
+    if config.usual_lesion_mm is None or scale >= min(1.0, max(config.predict.scales)):
         return inf, inf
     _, rows_mm, columns_mm = volume.spacing_mm
     side_mm = config.usual_lesion_mm * scale

@@ -87,6 +87,17 @@ def test_what_only_a_look_without_a_vote_sees_is_left_out() -> None:
     assert found.scores.tolist() == pytest.approx([0.45])
 
 
+def test_a_pixel_at_the_limit_costs_no_score() -> None:
+    # By itself the second look's box is just too large for a vote; it belongs to one that is not.
+    looks = [look((0, (0, 0, 10, 10), 0.9)), look((0, (0, 0, 11, 10), 0.9))]
+    found = fuse_looks(looks, 0.3, largest=[(np.inf, np.inf), (10, 10)])
+    assert found.scores.tolist() == pytest.approx([0.9])
+    # Were it the better one, it would still start no group of its own.
+    looks[1] = look((0, (0, 0, 11, 10), 0.95))
+    found = fuse_looks(looks, 0.3, largest=[(np.inf, np.inf), (10, 10)])
+    assert found.scores.tolist() == pytest.approx([(0.9 + 0.95) / 2])
+
+
 def test_part_of_a_lesion_seen_by_a_look_without_a_vote_takes_no_part() -> None:
     # Half of a large lesion, by itself small enough for a vote, is used up by the whole.
     looks = [look((0, (0, 0, 20, 20), 0.8)), look((0, (0, 0, 20, 10), 0.6))]

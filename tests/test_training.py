@@ -40,15 +40,13 @@ from medvision.training.hard_negatives import (
     load_hard_negatives,
     save_hard_negatives,
 )
+from medvision.training.large_lesions import share_shown, tell_too_large, too_large
 from medvision.training.loop import Clock, SkipGuard, rate_factor, update_average
 from medvision.training.prepare import usual_side
 from medvision.training.samples import (
     CropSampler,
-    Lesion,
     find_training_lesions,
     lesion_weights,
-    tell_too_large,
-    too_large,
 )
 from medvision.training.targets import make_target
 from medvision.training.train import train
@@ -185,25 +183,43 @@ def sampler_of(cases: list, **changes: float) -> CropSampler:
     return CropSampler(cases, lesions, StackConfig(n_slices=3), sampling, augmenter, 7)
 
 
-def lesion_of(rows: float, columns: float) -> Lesion:
-    window = (slice(0, 1), slice(0, 1), slice(0, 1))
-    return Lesion(0, 1, 0, np.array([0]), (50.0, 50.0), (rows / 2, columns / 2), window)
+def test_the_share_shown_is_that_of_the_best_window() -> None:
+    mask = np.zeros((6, 9), dtype=bool)
+    mask[1:5, 0:2] = True  # 8 pixels, and 4 apart from them
+    mask[2:4, 7:9] = True
+    assert share_shown(mask, 2) == pytest.approx(4 / 12)
+    assert share_shown(mask, 4) == pytest.approx(8 / 12)
+    assert share_shown(mask, 9) == share_shown(mask, 50) == 1
 
 
-def test_lesions_that_no_crop_shows_half_of_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    one = CachedCase.__new__(CachedCase)
-    object.__setattr__(one, "case_id", "one")
-    # Crops of 96: 96 / 190 is more than half, 96 / 200 less, and 96 / 140 squared is 0.47.
-    fits, long, square = lesion_of(20, 190), lesion_of(20, 200), lesion_of(140, 140)
-    assert too_large([fits, long, square], 96, 0.5) == [long, square]
-    tell_too_large([fits], [one], SamplingConfig())
+def case_of_bars(tmp_path: Path, *sides: tuple[int, int]) -> CachedCase:
+    """A scan with lesions of so many rows and columns, one on each slice."""
+    annotations = []
+    for plane, (rows, columns) in enumerate(sides):
+        box = Box(plane, 5, 5, plane + 1, 5 + rows, 5 + columns)
+        mask = np.ones((1, rows, columns), bool)
+        annotations.append(Annotation(plane + 1, "solid", box, mask))
+    loaded = case_with(*annotations, shape=(len(sides), 240, 240))
+    return cache_case(loaded, tmp_path, loaded.volume.spacing_mm[1], (-1000, 400))
+
+
+def test_lesions_that_no_crop_shows_half_of_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Of 8 columns of the phantom 7 are left: 190, 200 and 140. Crops show 96 / 190, more than half,
+    # 96 / 200, less, and 96 / 140 squared, 0.47.
+    cases = [case_of_bars(tmp_path, (20, 217), (20, 229), (140, 160))]
+    lesions = find_training_lesions(cases, ("solid",))
+    assert too_large(lesions, cases, 96, 0.5) == lesions[1:]
+    tell_too_large(lesions[:1], cases, TrainConfig())
+    tell_too_large([], cases, TrainConfig())
     assert caplog.text == ""
-    tell_too_large([fits, long, square], [one], SamplingConfig())
+    tell_too_large(lesions, cases, TrainConfig())
     assert "2 of 3 lesions are too large for crops of 96 pixels" in caplog.text
     assert "Set sampling.crop_size to 112" in caplog.text
-    with pytest.raises(InputError, match="1 of 1 lesions are too large"):
-        tell_too_large([square], [one], SamplingConfig())
-    tell_too_large([], [one], SamplingConfig())
+    coarse = {"backbone": "resnet18", "stem_pooling": True}
+    tell_too_large(lesions, cases, make_train_config({"model": coarse}, "test"))
+    assert "Set sampling.crop_size to 128" in caplog.text
 
 
 def test_samples_depend_on_seed_and_number_only(phantom_data: Path, tmp_path: Path) -> None:

@@ -227,6 +227,14 @@ def _create_timm(name: str, in_channels: int) -> Any:
             f"timm {timm.__version__} has no model {name!r}.",
             do=f"Did you mean timm/{near[0]}?" if near else "See timm.list_models().",
         )
+    try:
+        model = timm.create_model(name, pretrained=False, features_only=True, in_chans=in_channels)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise UsageError(
+            f"timm's {name} does not give its inner maps (features_only).",
+            why=str(error).splitlines()[0],
+            do="Choose a convolutional model.",
+        ) from error
     published = timm.get_pretrained_cfg(name)
     if published is not None and published.fixed_input_size:
         raise UsageError(
@@ -234,14 +242,7 @@ def _create_timm(name: str, in_channels: int) -> Any:
             "only; crops and slices have other sizes.",
             do="Choose a convolutional model.",
         )
-    try:
-        return timm.create_model(name, pretrained=False, features_only=True, in_chans=in_channels)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"timm's {name} does not give its inner maps (features_only).",
-            why=str(error).splitlines()[0],
-            do="Choose a convolutional model.",
-        ) from error
+    return model
 
 
 def _first_layers(body: nn.Module) -> tuple[str, str]:

@@ -93,7 +93,7 @@ class TrainConfig(BaseModel):
     )
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of patients held out")
     validations: int = Field(2, ge=1, description="times the held-out scans are looked at")
-    seed: int = Field(0, ge=0, description="seed of everything that is drawn")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything that is drawn")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     workers: int = Field(0, ge=0, description="processes that prepare crops; 0: the main one")

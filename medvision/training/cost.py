@@ -21,6 +21,7 @@ from medvision.stacks.augment import Augmenter
 from medvision.training.cache import CachedCase
 from medvision.training.config import TrainConfig
 from medvision.training.hard_negatives import slices_apart
+from medvision.training.large_lesions import tell_too_large
 from medvision.training.loop import Trainer, batches
 from medvision.training.prepare import TrainingData
 from medvision.training.samples import CropSampler, find_training_lesions
@@ -99,9 +100,11 @@ def _time_steps(
 ) -> float:
     """Return the median seconds of a step with its batch, of those after the first."""
     config = trainer.config.model_copy(update={"steps": min(STEPS, trainer.config.steps)})
+    lesions = find_training_lesions(cases.training, detector.class_names)
+    tell_too_large(lesions, cases.training, config)
     dataset = CropSampler(
         cases.training,
-        find_training_lesions(cases.training, detector.class_names),
+        lesions,
         detector.stack,
         config.sampling,
         Augmenter(config.augment, config.sampling.crop_size),

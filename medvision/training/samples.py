@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +10,6 @@ from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 from torch import Tensor
 
-from medvision.errors import InputError
 from medvision.models.criterion import Target
 from medvision.stacks.augment import Augmenter
 from medvision.stacks.config import StackConfig
@@ -24,8 +21,6 @@ from medvision.training.config import SamplingConfig
 from medvision.training.hard_negatives import HardNegative
 from medvision.training.paste import Cutout, cut_out, paste
 from medvision.training.targets import CropLabel, enter_label, make_target
-
-logger = logging.getLogger(__name__)
 
 _MARGIN = 1.25
 """Crops are cut larger and trimmed after rotation, so that corners hold scan and not padding."""
@@ -66,39 +61,6 @@ def find_training_lesions(cases: list[CachedCase], class_names: tuple[str, ...])
             index = class_names.index(case.classes[label])
             lesions.append(Lesion(number, label, index, planes, center, half, where))
     return lesions
-
-
-def too_large(lesions: list[Lesion], crop_size: int, least_visible: float) -> list[Lesion]:
-    """Return the lesions of whose box no crop of ``crop_size`` pixels shows the share ``least_visible``."""
-    return [
-        lesion
-        for lesion in lesions
-        if math.prod(min(1.0, crop_size / (2 * half)) for half in lesion.half_size) < least_visible
-    ]
-
-
-def tell_too_large(
-    lesions: list[Lesion], cases: list[CachedCase], sampling: SamplingConfig
-) -> None:
-    """Log how many lesions training cannot learn as they are larger than its crops, and what would do.
-
-    InputError if that is true of all.
-    """
-    size, share = sampling.crop_size, sampling.least_visible
-    large = too_large(lesions, size, share)
-    if not large:
-        return
-    needed = size
-    while too_large(large, needed, share):
-        needed += 16
-    what = (
-        f"{len(large)} of {len(lesions)} lesions are too large for crops of {size} pixels: less than "
-        f"{share:.0%} of each fits, so they count neither as lesion nor as background."
-    )
-    where, remedy = cases[large[0].case].case_id, f"Set sampling.crop_size to {needed}, or more."
-    if len(large) == len(lesions):
-        raise InputError(what, where=where, do=remedy)
-    logger.warning("%s The first is in %s. %s", what, where, remedy)
 
 
 class CropSampler(torch.utils.data.Dataset[Sample]):

@@ -28,10 +28,11 @@ from medvision.training.hard_negatives import (
     load_hard_negatives,
     save_hard_negatives,
 )
+from medvision.training.large_lesions import tell_too_large
 from medvision.training.loop import Clock, SkipGuard, Trainer, batches, monotonic
 from medvision.training.pictures import write_validation_pictures
 from medvision.training.prepare import TrainingData
-from medvision.training.samples import CropSampler, find_training_lesions, tell_too_large
+from medvision.training.samples import CropSampler, find_training_lesions
 from medvision.training.validate import Validation, validate
 
 METRICS_FILE = "metrics.jsonl"
@@ -136,7 +137,7 @@ class Session:
     def _dataset(self) -> CropSampler:
         cases = self.cases.training
         lesions = find_training_lesions(cases, self.detector.class_names)
-        tell_too_large(lesions, cases, self.config.sampling)
+        tell_too_large(lesions, cases, self.config)
         return CropSampler(
             cases,
             lesions,
