@@ -158,11 +158,14 @@ def _largest_box(volume: Volume, config: DetectorConfig, scale: float) -> tuple[
 
 
 def _counted_on(on_progress: ProgressCallback, number: int, looks: int) -> ProgressCallback:
-    """Return a callback that counts the slices of look ``number`` as a part of all ``looks``."""
+    """Return a callback that counts look ``number`` at each slice as a part of all ``looks``."""
+    if looks == 1:
+        return on_progress
 
     def report(progress: Progress) -> None:
         done = progress.done + number * progress.total
-        on_progress(replace(progress, done=done, total=looks * progress.total))
+        total = looks * progress.total
+        on_progress(replace(progress, done=done, total=total, unit="looks at slices"))
 
     return report
 

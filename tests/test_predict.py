@@ -27,6 +27,7 @@ from medvision.geometry import Box, make_affine
 from medvision.models.config import RetinaNetConfig
 from medvision.models.retinanet import RawDetections, build_retinanet
 from medvision.predict import Predictor, find_lesions
+from medvision.progress import Progress
 from medvision.scans.volume import ScanSource, Volume
 from medvision.stacks.config import StackConfig
 
@@ -136,11 +137,16 @@ def test_a_look_that_magnifies_has_no_say_on_the_largest(
 
 def test_slices_are_counted_over_all_looks() -> None:
     volume = Volume(np.full((4, 40, 40), -1000, dtype=np.int16), PLAIN, ScanSource(modality="CT"))
-    seen: list[tuple[int, int]] = []
     device = choose_device("cpu", "float32")
-    settings = config(scales=(1.0, 0.8), batch_size=3)
-    find_lesions(volume, BrightSpots(), settings, device, lambda p: seen.append((p.done, p.total)))
-    assert seen == [(3, 8), (4, 8), (7, 8), (8, 8)]
+    for scales, unit, expected in (
+        ((1.0, 0.8), "looks at slices", [(3, 8), (4, 8), (7, 8), (8, 8)]),
+        ((1.0,), "slices", [(3, 4), (4, 4)]),
+    ):
+        seen: list[Progress] = []
+        settings = config(scales=scales, batch_size=3)
+        find_lesions(volume, BrightSpots(), settings, device, seen.append)
+        assert [(item.done, item.total) for item in seen] == expected
+        assert {item.unit for item in seen} == {unit}
 
 
 def test_a_scan_without_anything_has_no_findings() -> None:

@@ -155,7 +155,7 @@ def _as_weight(kernel: Tensor, weight: Tensor) -> Tensor:
 def _columns(
     rows: Tensor, samples: Samples, kernel: Tensor, taps: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of positions with their columns ``[positions, taps * C]``, as many as fit the cache."""
+    """Yield slices of positions with their columns ``[positions, taps * C]``, as many at a time as are fast."""
     positions = len(samples.shares) // taps
     at_once = _COLUMNS_BYTES_FLOAT32 if kernel.dtype == torch.float32 else _COLUMNS_BYTES
     step = max(1, at_once // (kernel.shape[1] * kernel.element_size()))

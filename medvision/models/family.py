@@ -1,4 +1,4 @@
-"""The models by name: how each is built, trained and asked. A new one is a file and a line here."""
+"""The models by name: how each is built, trained and asked."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ def make_train_case(
     ``own`` is the CT's own nodule in the CT's grid: what of it comes into view is to be ignored.
     """
     rng = np.random.default_rng([config.seed, _TRAIN_PURPOSE, index])
+    draw_box = draw_elsewhere if plan.elsewhere else draw_window
     for _ in range(_WINDOW_ATTEMPTS):
-        draw_box = draw_elsewhere if plan.elsewhere else draw_window
         box = draw_box(chest, config, rng)
         case = _make(chest, chest.right, box, plan, config, rng, config.train.decoys, own)
         if case is not None:

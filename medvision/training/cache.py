@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,14 @@ from medvision.stacks.resample import (
     resize_slices,
 )
 from medvision.stacks.window import window_limits
+
+
+class SliceLesion(NamedTuple):
+    """A lesion on one slice: ``box`` is x1, y1, x2, y2 in pixel edges of the cached scan."""
+
+    class_name: str
+    slice_index: int
+    box: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,18 @@ class CachedCase:
             for label, where in enumerate(find_objects(labels), start=1)
             if where is not None
         )
+
+    def slice_boxes(self) -> Iterator[SliceLesion]:
+        """Yield the box of every lesion that counts, on every slice it is on."""
+        for item in self.annotations():
+            if item.ignore or item.mask is None:
+                continue
+            for plane in np.flatnonzero(item.mask.any(axis=(1, 2))):
+                rows = np.flatnonzero(item.mask[plane].any(axis=1)) + item.box.row_min
+                columns = np.flatnonzero(item.mask[plane].any(axis=0)) + item.box.column_min
+                edges = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+                index = int(item.box.slice_min + plane)
+                yield SliceLesion(item.class_name, index, np.array(edges, dtype=float))
 
 
 def cache_case(

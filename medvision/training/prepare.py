@@ -131,15 +131,9 @@ def count_lesions(cases: list[CachedCase]) -> dict[str, int]:
 
 def slice_box_sizes(cases: list[CachedCase]) -> NDArray[np.float64]:
     """Return ``[n, 2]`` width and height in pixels of every lesion on every slice it is on."""
-    sizes = []
-    for case in cases:
-        for item in case.annotations():
-            if item.ignore or item.mask is None:
-                continue
-            for plane in item.mask[item.mask.any(axis=(1, 2))]:
-                rows, columns = np.flatnonzero(plane.any(axis=1)), np.flatnonzero(plane.any(axis=0))
-                sizes.append((columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1))
-    return np.array(sizes, dtype=float).reshape(-1, 2)
+    boxes = [lesion.box for case in cases for lesion in case.slice_boxes()]
+    edges = np.array(boxes, dtype=float).reshape(-1, 4)
+    return edges[:, 2:] - edges[:, :2]
 
 
 def fit_detector(data: TrainingData, config: TrainConfig, pixel_mm: float) -> DetectorConfig:

@@ -51,13 +51,7 @@ def _boxes_by_slice(case: CachedCase, window: Box) -> dict[int, list[tuple[str, 
     """Return class and box ``[1, 4]`` in pixels of ``window``, of the lesions that count, slice by slice."""
     corner = np.array([window.column_min, window.row_min] * 2)
     found: dict[int, list[tuple[str, Tensor]]] = {}
-    for item in case.annotations():
-        if item.ignore or item.mask is None:
-            continue
-        for plane in np.flatnonzero(item.mask.any(axis=(1, 2))):
-            rows = np.flatnonzero(item.mask[plane].any(axis=1)) + item.box.row_min
-            columns = np.flatnonzero(item.mask[plane].any(axis=0)) + item.box.column_min
-            box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) - corner
-            named = (item.class_name, torch.tensor(box, dtype=torch.float32)[None])
-            found.setdefault(int(item.box.slice_min + plane), []).append(named)
+    for lesion in case.slice_boxes():
+        box = torch.tensor(lesion.box - corner, dtype=torch.float32)[None]
+        found.setdefault(lesion.slice_index, []).append((lesion.class_name, box))
     return found
