@@ -34,6 +34,10 @@ _PROCESSOR_FEATURES = {
 _OPTIONAL_PACKAGES = {
     "pylibjpeg-libjpeg": "a second decoder for JPEG and JPEG-LS (licence GPL-3)",
     "python-gdcm": "a second decoder for JPEG and JPEG 2000",
+    "timm": "backbones named timm/NAME",
+    "onnx": "medvision export --format onnx",
+    "onnxscript": "medvision export --format onnx",
+    "onnxruntime": "medvision export --format onnx, medvision predict --engine onnx",
 }
 
 

@@ -77,6 +77,17 @@ def test_packages_come_with_versions() -> None:
     assert "pytest" not in checks, "extras are not needed"
 
 
+def test_optional_packages_are_named_with_their_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = doctor._version_of
+    there = {"timm": "1.2.3", "onnxruntime": None}
+    monkeypatch.setattr(doctor, "_version_of", lambda name: there.get(name, known(name)))
+    checks = {check.name: check for check in doctor.check_packages()}
+    assert checks["timm"].detail == "1.2.3, optional: backbones named timm/NAME"
+    assert checks["onnxruntime"].status == "note"
+    assert checks["onnxruntime"].detail.startswith("not installed, optional: medvision export")
+    assert {"onnx", "onnxscript", "python-gdcm"} <= checks.keys()
+
+
 def test_a_missing_package_fails_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     known = doctor._version_of
     monkeypatch.setattr(doctor, "_version_of", lambda n: None if n == "nibabel" else known(n))
