@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -74,3 +78,18 @@ def test_one_transform_does_not_decide_whether_another_is_applied() -> None:
         noisy = moved.std() > 1e-5
         seen.add((noisy, bool(abs(np.median(moved) - 0.5) > 2e-3)))
     assert seen == {(False, False), (False, True), (True, False), (True, True)}
+
+
+def test_importing_albumentations_asks_no_server() -> None:
+    # Names are looked up before anything is sent; the package swallows what an attempt raises.
+    code = (
+        "import socket\nasked = []\n"
+        "socket.getaddrinfo = lambda *given, **options: asked.append(given[0]) or 1 / 0\n"
+        "from medvision.stacks.augment import AugmentConfig, Augmenter\n"
+        "Augmenter(AugmentConfig(), 64)\nimport albumentations\nprint(asked)"
+    )
+    free = {name: value for name, value in os.environ.items() if "ALBUMENTATIONS" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=free, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

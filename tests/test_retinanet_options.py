@@ -475,3 +475,14 @@ def test_a_shift_by_the_total_stride_shifts_the_outputs() -> None:
         grid = (1, 64 // stride, 96 // stride, 2)
         expected = before.reshape(grid).roll((down // stride, right // stride), (1, 2))
         torch.testing.assert_close(after.reshape(grid), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_at_the_start_every_anchor_is_a_lesion_with_one_percent() -> None:
+    network = build_retinanet(CONFIG, 3, 2).eval()
+    with torch.no_grad():
+        raw = network(torch.zeros(1, 3, 64, 64))
+    # Weights of 0.01 on features of about 1 move it by little.
+    assert raw.lesion_logits.sigmoid().mean().item() == pytest.approx(0.01, abs=0.002)
+    bias = network.head.lesion.bias
+    assert bias is not None
+    torch.testing.assert_close(bias.sigmoid(), torch.full_like(bias, 0.01))
