@@ -65,9 +65,10 @@ def export(
 ) -> None:
     """Write a trained network as a graph that other programs run.
 
-    The graph takes any number of slices of any height and width that is a multiple of the coarsest
-    stride. Its outputs are compared with the network's own; if one differs by more than 1e-4, no
-    file is left and the exit code is 3. medvision predict --engine onnx runs an ONNX file.
+    The graph takes any height and width that is a multiple of the coarsest stride, and any number
+    of stacks at a time; that of a two-stage model takes one. Its outputs are compared with the
+    network's own; if one differs by more than 1e-4 (of its size, if that is over 1), no file is
+    left and the exit code is 3. medvision predict --engine onnx runs an ONNX file.
     """
     session: Session = context.obj
     session.start(json=json, quiet=quiet, debug=debug)

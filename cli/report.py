@@ -60,7 +60,7 @@ def report(
     """Compare findings with the truth, class by class.
 
     The HTML page has its pictures in it: sensitivity against false positives per scan with
-    intervals, the errors of each class, each missed lesion and each false positive. Scans without
+    intervals, the errors of each class, each missed lesion and the worst false positives. Scans without
     a label file are not counted.
     """
     session: Session = context.obj

@@ -23,7 +23,7 @@ def sample(
         typer.Option(
             metavar="N",
             min=0,
-            help="Another number makes another set; if not given, that of the guide.",
+            help="Another number makes another set; 25 if not given.",
         ),
     ] = None,
     cache: Annotated[
@@ -40,8 +40,8 @@ def sample(
     """Write a small public data set to try everything on.
 
     It has a CT series (series/) with its truth (series_truth/), and labelled scans to train on
-    (train/) and to test on (test/). This is the only command that uses the network: it downloads
-    two packages of public data. What an earlier run has finished is kept.
+    (train/) and to test on (test/). It downloads two packages of public data (40 MB) unless they are
+    in the cache. What an earlier run has finished is kept.
     """
     session: Session = context.obj
     session.start(json=json, quiet=quiet, debug=debug)

@@ -146,8 +146,8 @@ def train(
     """Train a lesion detector on a folder of labelled scans.
 
     Settings are taken from the defaults, then from --config, then from --set and the other
-    options; with --resume from the run itself. A scan with an empty label file is healthy; a scan
-    without one is left out. A run that is interrupted is saved, and goes on with --resume.
+    options; with --resume from the run itself. A scan whose labels hold no lesion is healthy; a
+    scan without labels is left out. A run that is interrupted is saved, and goes on with --resume.
     """
     session: Session = context.obj
     session.start(json=json, quiet=quiet, debug=debug)
