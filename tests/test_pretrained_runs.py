@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training_support import small, train_until
@@ -13,8 +14,11 @@ from training_support import small, train_until
 from medvision.errors import InputError, UsageError
 from medvision.models.backbones import build_backbone, make_backbone
 from medvision.models.deformable import DeformConv2d
+from medvision.models.family_config import must_learn
 from medvision.models.norms import FrozenBatchNorm2d
 from medvision.models.pyramid_config import PyramidConfig
+from medvision.models.unet import build_unet
+from medvision.models.unet_config import UNetConfig
 from medvision.models.weights import load_pretrained
 from medvision.training.config import TrainConfig
 from medvision.training.train import train
@@ -263,3 +267,67 @@ def test_a_published_checkpoint_of_a_whole_detector_expects_normalised_colours(
     assert not torch.equal(
         theirs.state_dict()["conv1.weight"], backbone.state_dict()["conv1.weight"]
     )
+
+
+@pytest.mark.parametrize("kind", ["deformable", "deformable-v1", "dilated"])
+@pytest.mark.parametrize("norm", ["frozen", "group"])
+def test_the_encoder_of_a_unet_takes_the_norms_and_convolutions_of_a_backbone(
+    kind: str, norm: str
+) -> None:
+    settings = {"encoder": "resnet18", "encoder_convolution": kind, "encoder_norm": norm}
+    config = UNetConfig.model_validate({**settings, "base_channels": 4})
+    network = build_unet(config, 3, 2)
+    like = {"backbone": "resnet18", "stage_convolution": kind, "norm": norm}
+    expected = make_backbone(PyramidConfig.model_validate(like), 6)
+    kinds = {name: type(part) for name, part in network.encoder.named_modules()}  # type: ignore[attr-defined]
+    assert kinds == {name: type(part) for name, part in expected.named_modules()}
+    raw = network(torch.rand(2, 3, 45, 61))
+    assert raw.logits.shape == (2, 3, 45, 61)
+    raw.logits.sum().backward()
+    assert must_learn(config)
+
+
+def test_a_deformable_encoder_of_a_unet_starts_from_published_weights(
+    phantom_data: Path, tmp_path: Path, weights: Path
+) -> None:
+    model = {
+        "name": "unet",
+        "encoder": "resnet18",
+        "encoder_norm": "frozen",
+        "encoder_convolution": "deformable",
+        "base_channels": 4,
+    }
+    config = small(model=model, weights=str(weights), steps=2, sampling={"crop_size": 64})
+    done = train(phantom_data, tmp_path, config)
+    assert done.transfer.startswith("finetune: other norms or convolutions")
+    after, given = of_part(tmp_path, "encoder"), loaded(weights)
+    assert torch.equal(after["bn1.running_mean"], given["bn1.running_mean"])
+    with pytest.raises(UsageError, match="group norm and convolutions other than plain"):
+        small(model=model, weights=str(weights), transfer="frozen")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"encoder_norm": "frozen"}, "encoder_norm can be set for a named encoder only"),
+        ({"encoder": "timm/x", "encoder_convolution": "dilated"}, "plain for a timm model"),
+    ],
+)
+def test_settings_of_an_encoder_that_has_none_are_refused(
+    settings: dict[str, str], words: str
+) -> None:
+    with pytest.raises(ValidationError, match=words):
+        UNetConfig.model_validate(settings)
+
+
+def test_a_unet_on_a_timm_encoder_learns_and_keeps_the_size() -> None:
+    pytest.importorskip("timm")
+    config = UNetConfig(encoder="timm/resnet10t", depth=5, base_channels=2)
+    network = build_unet(config, 3, 2).eval()
+    raw = network(torch.rand(1, 3, 70, 45))
+    assert raw.logits.shape == (1, 3, 70, 45)
+    raw.logits.mean().backward()
+    first = network.encoder.body.conv1[0].weight  # type: ignore[attr-defined]
+    assert first.grad.abs().sum() > 0
+    with pytest.raises(UsageError, match="Set depth to 5"):
+        build_unet(config.model_copy(update={"depth": 4}), 3, 2)

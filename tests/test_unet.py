@@ -174,7 +174,7 @@ def test_predictions_do_not_depend_on_the_rest_of_the_batch(norm: str) -> None:
 
 
 def test_instance_norm_is_torchs_own_and_takes_single_pixels() -> None:
-    from medvision.models.unet import InstanceNorm
+    from medvision.models.unet_blocks import InstanceNorm
 
     ours, theirs = InstanceNorm(6), nn.InstanceNorm2d(6, affine=True)
     features = torch.randn(2, 6, 5, 4)

@@ -12,8 +12,14 @@ from torch import Tensor, nn
 from medvision.errors import UsageError
 from medvision.models.backbone import ResNet
 from medvision.models.deformable import deform_stages
-from medvision.models.norms import Norm, convert_norms
-from medvision.models.pyramid_config import FINEST_STRIDE, NARROW, PyramidConfig
+from medvision.models.norms import convert_norms
+from medvision.models.pyramid_config import (
+    FINEST_STRIDE,
+    NARROW,
+    Norm,
+    PyramidConfig,
+    StageConvolution,
+)
 
 TIMM_PREFIX = "timm/"
 Colours = tuple[float, ...]
@@ -115,18 +121,18 @@ def make_backbone(config: PyramidConfig, in_channels: int) -> Backbone:
 
     UsageError for one whose strides are not those that the settings count on.
     """
-    name, kind = config.backbone, config.stage_convolution
+    name = config.backbone
     if name == NARROW:
         backbone: Backbone = ResNet(in_channels, config.blocks, config.width, config.stem_pooling)
-        if config.norm == "frozen":
-            _open_blocks(backbone)
-        convert_norms(backbone, config.norm)
+        _adapt(backbone, config.norm, config.stage_convolution)
     else:
-        pooling = config.stem_pooling
-        backbone = build_backbone(name, in_channels, stem_pooling=pooling, norm=config.norm)
-    if kind != "plain":
-        stages = STAGES[1:] if name == NARROW else LAYERS[1:]
-        deform_stages(backbone, kind, stages)
+        backbone = build_backbone(
+            name,
+            in_channels,
+            stem_pooling=config.stem_pooling,
+            norm=config.norm,
+            stage_convolution=config.stage_convolution,
+        )
     strides = [stride for stride in backbone.strides if stride >= FINEST_STRIDE]
     if strides[: len(config.strides)] != config.strides:
         raise UsageError(
@@ -143,13 +149,19 @@ def pyramid_channels(backbone: Backbone) -> list[int]:
 
 
 def build_backbone(
-    name: str, in_channels: int, *, stem_pooling: bool = True, norm: Norm = "batch"
+    name: str,
+    in_channels: int,
+    *,
+    stem_pooling: bool = True,
+    norm: Norm = "batch",
+    stage_convolution: StageConvolution = "plain",
 ) -> Backbone:
     """Return the backbone ``name`` for images ``[batch, in_channels, row, column]``, not pretrained.
 
     ``timm/NAME`` is timm's model of that name. Without ``stem_pooling`` all strides after the stem
-    are halved, for small lesions; for the ResNets only. UsageError for an unknown name, or if
-    timm is asked for and not installed.
+    are halved, for small lesions; ``stage_convolution`` takes the place of the 3 x 3 convolutions of the last
+    three stages; both for the ResNets only. UsageError for an unknown name, or if timm is asked for
+    and not installed.
     """
     if name.startswith(TIMM_PREFIX):
         if not stem_pooling:
@@ -157,15 +169,28 @@ def build_backbone(
                 f"The pooling after the stem can be left out of a ResNet only; got {name}.",
                 do=f"Choose one of {', '.join(BACKBONES)}, or keep the pooling.",
             )
+        if stage_convolution != "plain":
+            raise UsageError(
+                f"The convolutions can be changed in a ResNet only; got {name}.",
+                do=f"Choose one of {', '.join(BACKBONES)}, or plain convolutions.",
+            )
         backbone: Backbone = TimmFeatures(name.removeprefix(TIMM_PREFIX), in_channels)
     elif name in _BUILDERS:
         backbone = _BUILDERS[name](name, in_channels, stem_pooling)
     else:
         raise _unknown(name)
+    _adapt(backbone, norm, stage_convolution)
+    return backbone
+
+
+def _adapt(backbone: Backbone, norm: Norm, stage_convolution: StageConvolution) -> None:
+    """Convert the norms and the 3 x 3 convolutions of the last three stages in place."""
     if norm == "frozen":
         _open_blocks(backbone)
     convert_norms(backbone, norm)
-    return backbone
+    if stage_convolution != "plain":
+        stages = STAGES if isinstance(backbone, ResNet) else LAYERS
+        deform_stages(backbone, stage_convolution, stages[1:])
 
 
 def expected_input(name: str) -> tuple[Colours, Colours]:

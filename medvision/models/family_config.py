@@ -49,5 +49,5 @@ def backbone_name(model: ModelConfig) -> str | None:
 def must_learn(model: ModelConfig) -> bool:
     """Tell whether the backbone differs from the one that published weights were trained in."""
     if isinstance(model, UNetConfig):
-        return False
+        return model.encoder_norm == "group" or model.encoder_convolution != "plain"
     return model.norm == "group" or model.stage_convolution != "plain"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Norm = Literal["batch", "frozen", "group"]
-"""batch: as built; frozen: batch norm with fixed statistics and weights; group: group norm."""
+from medvision.models.pyramid_config import Norm
 
 GROUPS = 32
 

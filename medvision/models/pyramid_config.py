@@ -13,6 +13,10 @@ FINEST_STRIDE = 4
 NARROW = "resnet18-narrow"
 """Name of the ResNet of basic blocks whose ``blocks`` and ``width`` are settings."""
 
+Norm = Literal["batch", "frozen", "group"]
+"""batch: as built; frozen: batch norm with fixed statistics and weights; group: group norm."""
+
+StageConvolution = Literal["plain", "deformable", "deformable-v1", "dilated"]
 PyramidPaths = Literal["full", "top-down-only", "lateral-only", "finest-only"]
 
 
@@ -35,10 +39,10 @@ class PyramidConfig(BaseModel):
     stem_pooling: bool = Field(
         False, description="the max pooling after the stem; off keeps P2 sharp (ResNets only)"
     )
-    norm: Literal["batch", "frozen", "group"] = Field(
+    norm: Norm = Field(
         "batch", description="norms of the backbone; frozen and group suit small batches"
     )
-    stage_convolution: Literal["plain", "deformable", "deformable-v1", "dilated"] = Field(
+    stage_convolution: StageConvolution = Field(
         "plain", description="3 x 3 convolutions of the last three stages (ResNets only)"
     )
     inner_windows: tuple[tuple[float, float], ...] = Field(

@@ -143,6 +143,7 @@ class SegmentedTarget(Target, total=False):
     """A target that may hold the class of each pixel too."""
 
     class_map: Tensor  # [row, column], integer: 0 background, 1.. classes, 255 ignored
+    pixel_weights: Tensor  # [row, column]; none: all pixels count alike
 
 
 class RetinaUNetCriterion(nn.Module):
@@ -166,7 +167,9 @@ class RetinaUNetCriterion(nn.Module):
         logits, settings = raw.segmentation_logits, self.config.segmentation_loss
         weights = logits.new_ones(logits.shape[1])
         weights[0] = settings.background_weight
-        parts = segmentation_losses(logits, SegmentationTruth(class_map, weights), settings)
+        pixel_weights = _pixel_weights(logits, targets)
+        truth = SegmentationTruth(class_map, weights, pixel_weights)
+        parts = segmentation_losses(logits, truth, settings)
         return {**losses, "segmentation": torch.stack(list(parts.values())).sum()}
 
 
@@ -174,6 +177,13 @@ def _class_map(logits: Tensor, targets: Sequence[SegmentedTarget]) -> Tensor:
     """Return ``[batch, row, column]``; an image without masks is ignored all over."""
     ignored = torch.full(logits.shape[-2:], IGNORED, dtype=torch.uint8, device=logits.device)
     return torch.stack([target.get("class_map", ignored) for target in targets])
+
+
+def _pixel_weights(logits: Tensor, targets: Sequence[SegmentedTarget]) -> Tensor | None:
+    if not any("pixel_weights" in target for target in targets):
+        return None
+    alike = torch.ones(logits.shape[-2:], device=logits.device)
+    return torch.stack([target.get("pixel_weights", alike) for target in targets])
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch.nn import functional
 from medvision.errors import UsageError
 from medvision.models.backbones import TIMM_PREFIX, build_backbone
 from medvision.models.retinanet import InnerWindows
+from medvision.models.unet_blocks import center_crop, convolutions, halving, upsampling
 from medvision.models.unet_config import (
     ARCHITECTURE,
     OWN_ENCODER,
@@ -21,7 +22,6 @@ from medvision.models.unet_config import (
     valid_output_size,
 )
 
-_GROUPS = 8
 _PRIOR = 0.1
 
 
@@ -62,14 +62,14 @@ class UNetEncoder(nn.Module):
             for before, after in zip(sources, self.channels, strict=True)
         )
         self.halvings = nn.ModuleList(
-            _halving(config.pooling, channels) for channels in self.channels[:-1]
+            halving(config.pooling, channels) for channels in self.channels[:-1]
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Take ``[batch, channel, row, column]`` to ``depth + 1`` maps, finest first."""
         maps = [self.blocks[0](images)]
-        for halving, block in zip(self.halvings, self.blocks[1:], strict=True):
-            maps.append(block(halving(maps[-1])))
+        for halve, block in zip(self.halvings, self.blocks[1:], strict=True):
+            maps.append(block(halve(maps[-1])))
         return maps
 
 
@@ -124,7 +124,7 @@ class UpStep(nn.Module):
 
     def __init__(self, below: int, beside: int, out: int, scale: int, config: UNetConfig) -> None:
         super().__init__()
-        self.upsample = _upsampling(config.upsampling, below, out) if scale == 2 else None
+        self.upsample = upsampling(config.upsampling, below, out) if scale == 2 else None
         self.crop = config.padding == "valid"
         joined = (out if scale == 2 else below) + beside
         self.convolve = convolutions(joined, out, config)
@@ -198,65 +198,6 @@ class UNet(nn.Module):
         return logits[..., : size[0], : size[1]]
 
 
-def center_crop(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the middle ``size`` rows and columns of ``[..., row, column]``."""
-    top, left = (maps.shape[-2] - size[0]) // 2, (maps.shape[-1] - size[1]) // 2
-    return maps[..., top : top + size[0], left : left + size[1]]
-
-
-def convolutions(before: int, after: int, config: UNetConfig) -> nn.Sequential:
-    """Return two 3 x 3 convolutions, each with norm and ReLU."""
-    layers: list[nn.Module] = []
-    edge = 0 if config.padding == "valid" else 1
-    for channels in (before, after):
-        layers.append(nn.Conv2d(channels, after, 3, 1, edge, bias=config.norm == "none"))
-        if config.norm != "none":
-            layers.append(_norm(config.norm, after))
-        layers.append(nn.ReLU(inplace=True))
-    for layer in layers:
-        if isinstance(layer, nn.Conv2d):
-            # Unit variance after each ReLU (He et al. 2015), the paper's sqrt(2 / N).
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    return nn.Sequential(*layers)
-
-
-class InstanceNorm(nn.GroupNorm):
-    """Instance norm (Ulyanov et al. 2016) that takes maps of a single pixel too; torch's refuses them."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels)
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name in the parent class)
-        """Take ``[batch, channel, row, column]`` to the same shape."""
-        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
-
-
-def _norm(kind: str, channels: int) -> nn.Module:
-    if kind == "batch":
-        return nn.BatchNorm2d(channels)
-    if kind == "instance":
-        return InstanceNorm(channels)
-    return nn.GroupNorm(math.gcd(_GROUPS, channels), channels)
-
-
-def _halving(kind: str, channels: int) -> nn.Module:
-    if kind == "max":
-        return nn.MaxPool2d(2)
-    return nn.AvgPool2d(2) if kind == "average" else nn.Conv2d(channels, channels, 2, 2)
-
-
-def _upsampling(kind: str, before: int, after: int) -> nn.Module:
-    layer: nn.Conv2d | nn.ConvTranspose2d = nn.Conv2d(before, after, 1)
-    if kind == "transposed":
-        layer = nn.ConvTranspose2d(before, after, 2, 2)
-    # Each output pixel sums over the channels alone, and no ReLU follows.
-    nn.init.normal_(layer.weight, std=before**-0.5)
-    if kind == "transposed":
-        return layer
-    # A 1 x 1 convolution and interpolation may change places; before it, it costs a quarter.
-    return nn.Sequential(layer, nn.Upsample(scale_factor=2, mode=kind))
-
-
 def _head(channels: int, classes: int) -> nn.Conv2d:
     head = nn.Conv2d(channels, 1 + classes, 1)
     nn.init.normal_(head.weight, std=0.01)
@@ -281,7 +222,13 @@ def build_unet(
         encoder = UNetEncoder(channels, config)
     elif encoder is None:
         pooling = config.depth > 4 or config.encoder.startswith(TIMM_PREFIX)
-        encoder = build_backbone(config.encoder, channels, stem_pooling=pooling)
+        encoder = build_backbone(
+            config.encoder,
+            channels,
+            stem_pooling=pooling,
+            norm=config.encoder_norm,
+            stage_convolution=config.encoder_convolution,
+        )
     if encoder.strides[-1] != config.strides[-1]:
         raise UsageError(
             f"The coarsest map of {config.encoder} has stride {encoder.strides[-1]}; "

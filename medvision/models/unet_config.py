@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medvision.errors import InputError
+from medvision.models.pyramid_config import Norm, StageConvolution
 
 OWN_ENCODER = "unet"
 """Name of the paper's encoder; every other name is one of medvision.models.backbones."""
@@ -39,6 +40,12 @@ class SegmentationLossConfig(BaseModel):
     background_weight: float = Field(
         1.0, ge=0, description="weight of background pixels in cross-entropy and focal loss"
     )
+    border_weight: float = Field(
+        0.0, ge=0, description="added weight of background between close lesions; paper: 10"
+    )
+    border_sigma: float = Field(
+        5.0, gt=0, description="how far lesions are close, in pixels (border_weight)"
+    )
 
     @property
     def weights(self) -> dict[str, float]:
@@ -61,6 +68,13 @@ class UNetConfig(BaseModel):
     name: Literal["unet"] = "unet"
     encoder: str = Field(
         OWN_ENCODER, min_length=1, description="unet: the paper's; else the name of a backbone"
+    )
+    encoder_norm: Norm = Field(
+        "batch", description="norms of a named encoder; frozen and group suit small batches"
+    )
+    encoder_convolution: StageConvolution = Field(
+        "plain",
+        description="3 x 3 convolutions of the last three stages of a named encoder (ResNets only)",
     )
     depth: int = Field(4, ge=1, le=7, description="halvings; the coarsest map has stride 2^depth")
     base_channels: int = Field(
@@ -114,6 +128,7 @@ class UNetConfig(BaseModel):
             raise ValueError(
                 f"pooling can be set for encoder {OWN_ENCODER} only; {self.encoder} has its own"
             )
+        self._check_encoder()
         if len(self.deep_supervision) >= self.depth:
             raise ValueError(
                 f"deep_supervision must hold fewer weights than depth ({self.depth}); "
@@ -122,6 +137,17 @@ class UNetConfig(BaseModel):
         if any(weight <= 0 for weight in self.deep_supervision):
             raise ValueError("deep_supervision weights must be above 0")
         return self
+
+    def _check_encoder(self) -> None:
+        changed = [
+            name
+            for name in ("encoder_norm", "encoder_convolution")
+            if getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if self.encoder == OWN_ENCODER and changed:
+            raise ValueError(f"{' and '.join(changed)} can be set for a named encoder only")
+        if self.encoder.startswith("timm/") and self.encoder_convolution != "plain":
+            raise ValueError("encoder_convolution must be plain for a timm model")
 
 
 def valid_output_size(size: int, depth: int) -> int:

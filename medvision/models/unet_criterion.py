@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from medvision.models.segmentation_losses import SegmentationTruth, segmentation_losses
-from medvision.models.unet import RawSegmentation, center_crop
+from medvision.models.unet import RawSegmentation
+from medvision.models.unet_blocks import center_crop
 from medvision.models.unet_config import UNetConfig
 
 

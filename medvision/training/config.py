@@ -152,9 +152,9 @@ class TrainConfig(BaseModel):
             )
         if self.transfer in ("frozen", "probe") and must_learn(self.model):
             raise ValueError(
-                f"transfer {self.transfer} leaves the backbone as it is, but model.norm group and a "
-                "model.stage_convolution other than plain change it, so that it must learn: set "
-                "transfer to finetune"
+                f"transfer {self.transfer} leaves the backbone as it is, but group norm and "
+                "convolutions other than plain change it, so that it must learn: set transfer to "
+                "finetune"
             )
         if self.weights is not None and backbone_name(self.model) is None:
             raise ValueError(
