@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +14,16 @@ from safetensors.torch import load_file
 from training_support import small, train_until
 
 from medvision.detector import load_detector_config
-from medvision.models.family import detect
+from medvision.models.family import build_criterion, build_model, detect
 from medvision.models.family_config import MODEL_CONFIGS
+from medvision.models.unet import RawSegmentation
 from medvision.predict import Predictor
 from medvision.sample_data.phantoms import make_phantom, write_phantom_dataset
+from medvision.training import session
 from medvision.training.config import TrainConfig
+from medvision.training.crops import training_crops
 from medvision.training.samples import CropSampler
-from medvision.training.session import Session
+from medvision.training.targets import CropLabel, make_target
 from medvision.training.train import train
 
 SMALL_PARTS: dict[str, dict[str, object]] = {
@@ -107,19 +112,62 @@ def test_mirror_images_and_the_slice_itself_tell_the_same(
             assert first["masks"].shape[1:] == (48, 64)
 
 
+def train_keeping(
+    made: list[CropSampler],
+    monkeypatch: pytest.MonkeyPatch,
+    data: Path,
+    run: Path,
+    config: TrainConfig,
+) -> None:
+    """Train, and put the crops that it was trained on into ``made``."""
+
+    def kept(*given: Any) -> CropSampler:
+        made.append(training_crops(*given))
+        return made[-1]
+
+    monkeypatch.setattr(session, "training_crops", kept)
+    train(data, run, config)
+
+
+@pytest.mark.parametrize(("name", "part"), [("unet", "loss"), ("retina-unet", "segmentation_loss")])
+def test_borders_between_close_lesions_get_their_weight(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, part: str
+) -> None:
+    plain = small_model(name, steps=1)
+    loss = getattr(plain.model, part).model_copy(update={"border_weight": 7.0, "border_sigma": 9.0})
+    model = plain.model.model_copy(update={part: loss})
+    weighted = plain.model_copy(update={"model": model})
+    train_keeping(made := [], monkeypatch, data, tmp_path / "run", weighted)
+    train_keeping(made, monkeypatch, data, tmp_path / "plain", plain)
+    targets = [made[0][index].target for index in range(12)]
+    assert all("pixel_weights" in target for target in targets)
+    assert not any("pixel_weights" in made[1][index].target for index in range(12))
+    # Two lesions in one crop, so that there is a border; the phantoms' own are rarely that close.
+    labels = np.zeros((32, 32), dtype=np.uint8)
+    labels[10:14, 8:12], labels[10:14, 15:19] = 1, 2
+    target = make_target(labels, [CropLabel(0, 16, True)] * 2, 0.5, made[0].drawn)
+    expected = 1 + 7 * math.exp(-((2 + 2) ** 2) / (2 * 9**2))
+    assert target["pixel_weights"][12, 13] == pytest.approx(expected)
+    assert target["pixel_weights"][12, 9] == 1
+    # And the loss follows: with logits that call everything lesion, borders cost more.
+    criterion = build_criterion(weighted.model, torch.ones(2))
+    unweighted = {key: value for key, value in target.items() if key != "pixel_weights"}
+    logits = torch.zeros(1, 3, 32, 32)
+    logits[:, 1:] = 2.0
+    raw: Any = RawSegmentation(logits, ())
+    if name == "retina-unet":
+        size = {"anchor_sizes": (((8.0, 8.0), (4.0, 4.0)),) * len(model.strides)}
+        network = build_model(model.model_copy(update=size), 3, 2).eval()
+        raw = network(torch.zeros(1, 3, 32, 32))._replace(segmentation_logits=logits)
+    with_border, without = (criterion(raw, [item]) for item in (target, unweighted))
+    assert sum(with_border.values()) > sum(without.values())
+
+
 @pytest.mark.parametrize(("name", "outlined"), [("retinanet", False), ("unet", True)])
 def test_only_models_that_draw_are_given_outlines(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, outlined: bool
 ) -> None:
-    made: list[CropSampler] = []
-    original = Session._dataset
-
-    def kept(self: Session) -> CropSampler:
-        made.append(original(self))
-        return made[-1]
-
-    monkeypatch.setattr(Session, "_dataset", kept)
-    train(data, tmp_path / "run", small_model(name, steps=1))
+    train_keeping(made := [], monkeypatch, data, tmp_path / "run", small_model(name, steps=1))
     targets = [made[0][index].target for index in range(12)]
     assert all(("masks" in target) is outlined for target in targets)
     if not outlined:

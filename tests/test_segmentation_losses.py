@@ -255,11 +255,11 @@ def test_class_map_refuses_labels_and_classes_without_a_value() -> None:
 def test_border_weights_by_hand() -> None:
     labels = np.zeros((5, 12), dtype=np.uint8)
     labels[:, 2], labels[:, 6] = 1, 2
-    weights = border_weights(labels)
+    weights = border_weights(labels, 10.0, 5.0)
     assert weights[2, 2] == weights[2, 6] == 1
     # Between them: 2 pixels to either. Beyond: 1 to the nearer, 5 to the other.
     assert weights[2, 4] == pytest.approx(1 + 10 * math.exp(-(4**2) / 50))
     assert weights[2, 1] == pytest.approx(1 + 10 * math.exp(-(6**2) / 50))
     assert weights[0, 11] < 1.3
-    assert (border_weights((labels == 1).astype(np.uint8)) == 1).all()
-    assert (border_weights(np.zeros((3, 3), dtype=np.uint8)) == 1).all()
+    assert (border_weights((labels == 1).astype(np.uint8), 10.0, 5.0) == 1).all()
+    assert (border_weights(np.zeros((3, 3), dtype=np.uint8), 10.0, 5.0) == 1).all()

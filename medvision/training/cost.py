@@ -14,17 +14,14 @@ from medvision.detector import DetectorConfig
 from medvision.device import Device
 from medvision.errors import Interrupted
 from medvision.geometry import Box
-from medvision.models.family import NEED_MASKS
 from medvision.predict import find_lesions
 from medvision.progress import Progress, ProgressCallback, StopCallback
-from medvision.stacks.augment import Augmenter
 from medvision.training.cache import CachedCase
 from medvision.training.config import TrainConfig
+from medvision.training.crops import training_crops
 from medvision.training.hard_negatives import slices_apart
-from medvision.training.large_lesions import tell_too_large
 from medvision.training.loop import Trainer, batches
 from medvision.training.prepare import TrainingData
-from medvision.training.samples import CropSampler, find_training_lesions
 
 STEPS = 4
 """Real steps that are taken; the first, which allocates, is not counted."""
@@ -100,17 +97,7 @@ def _time_steps(
 ) -> float:
     """Return the median seconds of a step with its batch, of those after the first."""
     config = trainer.config.model_copy(update={"steps": min(STEPS, trainer.config.steps)})
-    lesions = find_training_lesions(cases.training, detector.class_names)
-    tell_too_large(lesions, cases.training, config)
-    dataset = CropSampler(
-        cases.training,
-        lesions,
-        detector.stack,
-        config.sampling,
-        Augmenter(config.augment, config.sampling.crop_size),
-        config.seed,
-        masks=detector.model.name in NEED_MASKS,
-    )
+    dataset = training_crops(cases.training, detector, config)
     times = [monotonic()]
     for number, (images, targets, _) in enumerate(batches(dataset, config, 0), start=1):
         # Past the warm-up, where all that learns takes part.

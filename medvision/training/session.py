@@ -18,21 +18,19 @@ from medvision.detector import (
 )
 from medvision.errors import Interrupted
 from medvision.files import atomic_write_text
-from medvision.models.family import NEED_MASKS
 from medvision.progress import Progress, ProgressCallback, StopCallback
-from medvision.stacks.augment import Augmenter
 from medvision.training.checkpoint import TrainState, save_checkpoint
 from medvision.training.config import TrainConfig
+from medvision.training.crops import training_crops
 from medvision.training.hard_negatives import (
     find_hard_negatives,
     load_hard_negatives,
     save_hard_negatives,
 )
-from medvision.training.large_lesions import tell_too_large
 from medvision.training.loop import Clock, SkipGuard, Trainer, batches, monotonic
 from medvision.training.pictures import write_validation_pictures
 from medvision.training.prepare import TrainingData
-from medvision.training.samples import CropSampler, find_training_lesions
+from medvision.training.samples import CropSampler
 from medvision.training.validate import Validation, validate
 
 METRICS_FILE = "metrics.jsonl"
@@ -64,7 +62,7 @@ class Session:
             return None
         _drop_later_records(self.run / METRICS_FILE, self.state.step)
         clock = Clock(self.config, self.state.seconds, monotonic)
-        dataset = self._dataset()
+        dataset = training_crops(self.cases.training, self.detector, self.config)
         while not self._until_next_look(dataset, clock):
             continue
         # A time limit, or the mining under it, may end a run between two validations.
@@ -133,20 +131,6 @@ class Session:
         )
         save_hard_negatives(self.run, self.state.step, found)
         self._record({"kind": "hard negatives", "places": len(found)})
-
-    def _dataset(self) -> CropSampler:
-        cases = self.cases.training
-        lesions = find_training_lesions(cases, self.detector.class_names)
-        tell_too_large(lesions, cases, self.config)
-        return CropSampler(
-            cases,
-            lesions,
-            self.detector.stack,
-            self.config.sampling,
-            Augmenter(self.config.augment, self.config.sampling.crop_size),
-            self.config.seed,
-            masks=self.detector.model.name in NEED_MASKS,
-        )
 
     def _tell(self, losses: dict[str, float] | None) -> None:
         note = "loss not finite, step skipped" if losses is None else f"loss {losses['loss']:.3f}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medvision.models.criterion import Target
 from medvision.stacks.augment import boxes_from_labels
-from medvision.training.segmentation_target import make_class_map
+from medvision.training.segmentation_target import border_weights, make_class_map
 
 _MOST_LABELS = 254
 """Lesions that a crop's 8-bit label map keeps apart, one value left for one that is pasted."""
@@ -58,20 +58,31 @@ def _visible(
     return float((labels == value).sum()) / max(1, entry.area)
 
 
+class DrawnTargets(NamedTuple):
+    """What models that draw outlines are trained from: see SegmentationLossConfig."""
+
+    border_weight: float = 0.0
+    border_sigma: float = 5.0
+
+
 class TrainingTarget(Target, total=False):
     """The truth of a crop, with what models that draw outlines are trained from."""
 
     masks: Tensor  # [n, row, column] bool, one for each box
     class_map: Tensor  # [row, column], 0 background, 1.. classes, 255 ignored
+    pixel_weights: Tensor  # [row, column], where the losses of a segmentation weight borders
 
 
 def make_target(
-    labels: NDArray[np.uint8], table: list[CropLabel], least_visible: float, *, masks: bool = False
+    labels: NDArray[np.uint8],
+    table: list[CropLabel],
+    least_visible: float,
+    drawn: DrawnTargets | None = None,
 ) -> TrainingTarget:
     """Return the target of an augmented crop ``labels[row, column]``; value n is ``table[n - 1]``.
 
     Lesions of which less than the share ``least_visible`` is in the crop are to be ignored. With
-    ``masks`` the target has ``masks`` and ``class_map`` too.
+    ``drawn`` the target has ``masks`` and ``class_map`` too, and ``pixel_weights`` if borders have a weight.
     """
     boxes, classes, values, ignored = [], [], [], []
     meant: list[int | None] = [None] * len(table)
@@ -90,8 +101,11 @@ def make_target(
         "labels": torch.tensor(classes, dtype=torch.long),
         "ignored": torch.tensor(ignored, dtype=torch.float32).reshape(-1, 4),
     }
-    if masks:
+    if drawn is not None:
         outlines = labels[None] == np.array(values, dtype=np.uint8)[:, None, None]
         target["masks"] = torch.from_numpy(outlines)
         target["class_map"] = torch.from_numpy(make_class_map(labels, meant))
+        if drawn.border_weight > 0:
+            weights = border_weights(labels, drawn.border_weight, drawn.border_sigma)
+            target["pixel_weights"] = torch.from_numpy(weights)
     return target
