@@ -134,6 +134,8 @@ def test_timm_refusals() -> None:
         build_backbone("timm/resnet81", 3)
     with pytest.raises(UsageError, match="left out of a ResNet only"):
         build_backbone("timm/resnet18", 3, stem_pooling=False)
+    with pytest.raises(UsageError, match="convolutions of timm/resnet18 cannot be changed"):
+        build_backbone("timm/resnet18", 3, stage_convolution="dilated")
     with pytest.raises(UsageError, match="224 x 224 pixels only"):
         build_backbone("timm/swin_tiny_patch4_window7_224", 3)
 

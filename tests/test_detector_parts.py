@@ -10,10 +10,11 @@ from torchvision.ops import box_iou, sigmoid_focal_loss
 
 from medvision.models.anchors import fit_anchor_sizes, level_anchors, shape_iou
 from medvision.models.box_coder import decode_boxes, encode_boxes
+from medvision.models.box_losses import giou_loss
 from medvision.models.config import RetinaNetConfig
 from medvision.models.criterion import Criterion, Target
 from medvision.models.flips import detect_with_flips
-from medvision.models.losses import box_loss, focal_loss
+from medvision.models.lesion_losses import focal_loss
 from medvision.models.matcher import BACKGROUND, IGNORED, ignore_inside, match_atss
 from medvision.models.postprocess import select_detections
 from medvision.models.retinanet import (
@@ -51,7 +52,7 @@ def test_giou_loss_of_separate_unit_boxes_by_hand() -> None:
     first = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     second = torch.tensor([[2.0, 0.0, 3.0, 1.0]])
     # IoU 0, hull 3, union 2: GIoU = 0 - (3 - 2) / 3.
-    assert box_loss(first, second).item() == pytest.approx(1 + 1 / 3, abs=1e-5)
+    assert giou_loss(first, second).item() == pytest.approx(1 + 1 / 3, abs=1e-5)
 
 
 def test_level_anchors_lie_on_cell_centres_in_row_major_order() -> None:

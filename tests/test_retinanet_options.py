@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -26,25 +26,21 @@ from torchvision.ops import (
 
 from medvision.models.anchors import level_anchors
 from medvision.models.box_coder import decode_boxes
-from medvision.models.config import BoxLoss, LesionLoss, MatcherName, RetinaNetConfig
-from medvision.models.criterion import BOX_LOSSES, LESION_LOSSES, MATCHERS, Criterion, Target
-from medvision.models.losses import (
+from medvision.models.box_losses import diou_loss, giou_loss, paired_iou, smooth_l1_loss
+from medvision.models.choices import BOX_LOSSES, LESION_LOSSES, MATCHERS, find_choice
+from medvision.models.config import RetinaNetConfig
+from medvision.models.criterion import Criterion, Target
+from medvision.models.lesion_losses import (
     balanced_cross_entropy,
-    box_loss,
-    diou_loss,
     hard_negative_loss,
-    paired_iou,
-    smooth_l1_loss,
     varifocal_loss,
 )
-from medvision.models.matcher import BACKGROUND, IGNORED, match_iou
+from medvision.models.matcher import BACKGROUND, IGNORED, by_atss, match_iou
 from medvision.models.retinanet import Head, RawDetections, RetinaNet, build_retinanet
 
 SIZES = (((4.0, 4.0), (6.0, 7.0)), ((9.0, 9.0), (13.0, 12.0)), ((20.0, 18.0), (30.0, 33.0)))
 CONFIG = RetinaNetConfig(width=8, pyramid_channels=16, anchor_sizes=SIZES)
-COMBINATIONS = list(
-    itertools.product(get_args(LesionLoss), get_args(BoxLoss), get_args(MatcherName))
-)
+COMBINATIONS = list(itertools.product(LESION_LOSSES, BOX_LOSSES, MATCHERS))
 
 
 def with_options(**options: object) -> RetinaNetConfig:
@@ -71,12 +67,6 @@ def target_of(boxes: list[list[float]], labels: list[int]) -> Target:
         "labels": torch.tensor(labels, dtype=torch.long),
         "ignored": torch.zeros(0, 4),
     }
-
-
-def test_every_named_option_has_its_function() -> None:
-    assert set(LESION_LOSSES) == set(get_args(LesionLoss))
-    assert set(BOX_LOSSES) == set(get_args(BoxLoss))
-    assert set(MATCHERS) == set(get_args(MatcherName))
 
 
 # --- the head and the whole network against torchvision's ---------------------------------------
@@ -218,12 +208,12 @@ def test_box_losses_by_hand_and_against_torchvision() -> None:
     # IoU 2 / 6; the centres are 1 apart, the hull is 3 x 2 and its diagonal squared 13.
     assert diou_loss(first, second).item() == pytest.approx(1 - 1 / 3 + 1 / 13, rel=1e-5)
     # The hull's 6 pixels are all in the union.
-    assert box_loss(first, second).item() == pytest.approx(1 - 1 / 3, rel=1e-5)
+    assert giou_loss(first, second).item() == pytest.approx(1 - 1 / 3, rel=1e-5)
     boxes, others = random_boxes(50, 0), random_boxes(50, 1)
     expected = distance_box_iou_loss(boxes, others, reduction="sum")
     torch.testing.assert_close(diou_loss(boxes, others), expected)
     expected = generalized_box_iou_loss(boxes, others, reduction="sum")
-    torch.testing.assert_close(box_loss(boxes, others), expected)
+    torch.testing.assert_close(giou_loss(boxes, others), expected)
 
 
 def test_smooth_l1_by_hand_and_on_torchvisions_deltas() -> None:
@@ -236,7 +226,7 @@ def test_smooth_l1_by_hand_and_on_torchvisions_deltas() -> None:
 def test_the_varifocal_score_is_taught_the_overlap_of_the_predicted_box() -> None:
     config = with_options(lesion_loss="varifocal")
     raw, target = leaf_outputs(), target_of([[10, 20, 18, 29], [40, 40, 52, 50]], [0, 1])
-    matched = MATCHERS["atss"](raw.anchors, target["boxes"], config)
+    matched = by_atss(raw.anchors, target["boxes"], config)
     quality = torch.zeros(len(matched))
     for row in torch.where(matched >= 0)[0].tolist():
         box = target["boxes"][matched[row]][None]
@@ -249,13 +239,13 @@ def test_the_varifocal_score_is_taught_the_overlap_of_the_predicted_box() -> Non
     assert raw.deltas.grad is None  # the score learns from the box, not the box from the score
 
 
-@pytest.mark.parametrize("name", get_args(BoxLoss))
-def test_the_box_loss_in_use_is_that_of_its_name_on_positives_alone(name: BoxLoss) -> None:
+@pytest.mark.parametrize("name", BOX_LOSSES)
+def test_the_box_loss_in_use_is_that_of_its_name_on_positives_alone(name: str) -> None:
     config = with_options(box_loss=name, box_weight=2.0, smooth_l1_beta=0.2)
     raw, target = leaf_outputs(), target_of([[10, 20, 18, 29], [40, 40, 52, 50]], [0, 1])
     box = Criterion(config, torch.ones(2))(raw, [target])["box"]
     flat = torch.cat(raw.anchors)
-    matched = MATCHERS["atss"](raw.anchors, target["boxes"], config)
+    matched = by_atss(raw.anchors, target["boxes"], config)
     positive = matched >= 0
     truth = target["boxes"][matched[positive]]
     boxes, deltas = raw.boxes[0, positive], raw.deltas
@@ -359,9 +349,7 @@ def leaf_outputs(images: int = 1) -> RawDetections:
 
 
 @pytest.mark.parametrize(("lesion", "box", "matcher"), COMBINATIONS)
-def test_healthy_images_only_lower_scores(
-    lesion: LesionLoss, box: BoxLoss, matcher: MatcherName
-) -> None:
+def test_healthy_images_only_lower_scores(lesion: str, box: str, matcher: str) -> None:
     config = with_options(lesion_loss=lesion, box_loss=box, matcher=matcher)
     raw = leaf_outputs(images=2)
     losses = Criterion(config, torch.ones(2))(raw, [target_of([], [])] * 2)
@@ -381,7 +369,7 @@ def test_healthy_images_only_lower_scores(
 
 @pytest.mark.parametrize(("lesion", "box", "matcher"), COMBINATIONS)
 def test_a_lesion_beside_a_healthy_image_raises_scores_only_there(
-    lesion: LesionLoss, box: BoxLoss, matcher: MatcherName
+    lesion: str, box: str, matcher: str
 ) -> None:
     config = with_options(lesion_loss=lesion, box_loss=box, matcher=matcher)
     raw = leaf_outputs(images=2)
@@ -390,7 +378,7 @@ def test_a_lesion_beside_a_healthy_image_raises_scores_only_there(
     torch.stack(list(losses.values())).sum().backward()
     gradient = raw.lesion_logits.grad
     assert gradient is not None
-    matched = MATCHERS[matcher](raw.anchors, target["boxes"], config)
+    matched = find_choice(MATCHERS, matcher)(raw.anchors, target["boxes"], config)
     assert {0, 1} <= set(matched.tolist())
     assert (gradient[0][matched >= 0] < 0).all()
     assert (gradient[0][matched < 0] >= 0).all()
@@ -399,7 +387,7 @@ def test_a_lesion_beside_a_healthy_image_raises_scores_only_there(
 
 
 LEARNT = [
-    *((name, "giou", "atss") for name in get_args(LesionLoss)),
+    *((name, "giou", "atss") for name in LESION_LOSSES),
     ("focal", "diou", "iou"),
     ("varifocal", "smooth-l1", "iou"),
 ]
@@ -426,9 +414,7 @@ def learn_by_heart(network: RetinaNet, criterion: Criterion, steps: int) -> list
 
 
 @pytest.mark.parametrize(("lesion", "box", "matcher"), LEARNT)
-def test_one_batch_is_learnt_to_near_zero_loss(
-    lesion: LesionLoss, box: BoxLoss, matcher: MatcherName
-) -> None:
+def test_one_batch_is_learnt_to_near_zero_loss(lesion: str, box: str, matcher: str) -> None:
     torch.manual_seed(0)
     config = with_options(lesion_loss=lesion, box_loss=box, matcher=matcher)
     network = build_retinanet(config, 3, 2)

@@ -1,4 +1,4 @@
-"""ResNet backbone for stacks of slices."""
+"""What a backbone is, and the narrow ResNet of the default."""
 
 from __future__ import annotations
 
@@ -8,13 +8,32 @@ from torchvision.models.resnet import BasicBlock
 from medvision.models.pyramid_config import STEM_STRIDE
 
 
-class ResNet(nn.Module):
+class Backbone(nn.Module):
+    """Takes ``[batch, channel, row, column]`` to maps, finest first; the attributes say what they are.
+
+    Map i has ``channels[i]`` channels and is ``strides[i]`` times smaller than the picture. What pretrained
+    weights and changed convolutions need to know are the names of parts: ``first_convolution``,
+    ``first_norm`` right after it ("": none) and ``stage_names``, from fine to coarse (none: cannot be changed).
+    """
+
+    channels: list[int]
+    strides: list[int]
+    first_convolution: str = ""
+    first_norm: str = ""
+    stage_names: tuple[str, ...] = ()
+
+
+class ResNet(Backbone):
     """ResNet of basic blocks with any number of input channels and any width.
 
     He et al., Deep Residual Learning for Image Recognition, CVPR 2016. Without ``stem_pooling`` the
     stages have strides 2, 4, 8, 16 instead of 4, 8, 16, 32: a lesion of 4 pixels then still covers a
     cell of the finest pyramid level after three stages of convolutions.
     """
+
+    first_convolution = "stem.0"
+    first_norm = "stem.1"
+    stage_names = ("stages.0", "stages.1", "stages.2", "stages.3")
 
     def __init__(
         self,
@@ -50,6 +69,11 @@ class ResNet(nn.Module):
             features = stage(features)
             maps.append(features)
         return maps
+
+
+def build_narrow(name: str, in_channels: int, stem_pooling: bool) -> ResNet:
+    """Return the ResNet of its default blocks and width."""
+    return ResNet(in_channels, stem_pooling=stem_pooling)
 
 
 def _stage(channels_in: int, channels_out: int, count: int, stride: int) -> nn.Sequential:

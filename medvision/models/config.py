@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from medvision.models.choices import BOX_LOSSES, LESION_LOSSES, MATCHERS, OneOf
 from medvision.models.pyramid_config import PyramidConfig
 
-LesionLoss = Literal["focal", "balanced-cross-entropy", "hard-negative-mining", "varifocal"]
-BoxLoss = Literal["giou", "diou", "smooth-l1"]
-MatcherName = Literal["atss", "iou"]
+LesionLoss = Annotated[str, OneOf(LESION_LOSSES)]
+BoxLoss = Annotated[str, OneOf(BOX_LOSSES)]
+MatcherName = Annotated[str, OneOf(MATCHERS)]
 
 
 class RetinaNetConfig(PyramidConfig):

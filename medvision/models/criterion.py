@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from medvision.models.box_coder import encode_boxes
+from medvision.models.box_losses import Placed, paired_iou
+from medvision.models.choices import BOX_LOSSES, LESION_LOSSES, MATCHERS, find_choice
 from medvision.models.config import RetinaNetConfig
-from medvision.models.losses import (
-    balanced_cross_entropy,
-    box_loss,
-    class_loss,
-    diou_loss,
-    focal_loss,
-    hard_negative_loss,
-    paired_iou,
-    smooth_l1_loss,
-    varifocal_loss,
-)
-from medvision.models.matcher import BACKGROUND, IGNORED, ignore_inside, match_atss, match_iou
+from medvision.models.lesion_losses import Judged
+from medvision.models.matcher import BACKGROUND, IGNORED, ignore_inside
 from medvision.models.retinanet import RawDetections
 
 
@@ -31,24 +23,6 @@ class Target(TypedDict):
     boxes: Tensor  # [n, 4]
     labels: Tensor  # [n], 0 is the first class
     ignored: Tensor  # [m, 4]: regions that are neither lesion nor background
-
-
-class Judged(NamedTuple):
-    """The lesion logits of a batch and what is true of each anchor."""
-
-    logits: Tensor  # [batch, anchors]
-    positive: Tensor  # [batch, anchors] bool: stands for a lesion
-    counted: Tensor  # [batch, anchors] bool: is lesion or background, not to be ignored
-    overlap: Tensor  # [positives]: IoU of the predicted box with that of the lesion
-
-
-class Placed(NamedTuple):
-    """The boxes of the positive anchors of a batch, all ``[positives, 4]``."""
-
-    predicted: Tensor
-    deltas: Tensor
-    anchors: Tensor
-    target: Tensor
 
 
 class Criterion(nn.Module):
@@ -69,9 +43,9 @@ class Criterion(nn.Module):
         A batch without any lesion is divided by 1, its box and class losses are zero.
         """
         flat = torch.cat(raw.anchors)
-        matches = []
+        matches, match = [], find_choice(MATCHERS, self.config.matcher)
         for target in targets:
-            matched = MATCHERS[self.config.matcher](raw.anchors, target["boxes"], self.config)
+            matched = match(raw.anchors, target["boxes"], self.config)
             matches.append(ignore_inside(flat, matched, target["ignored"]))
         matched = torch.stack(matches)
         positive = matched > BACKGROUND
@@ -80,8 +54,8 @@ class Criterion(nn.Module):
         placed = _placed(raw, flat, positive, boxes)
         overlap = paired_iou(placed.predicted.detach(), boxes)
         judged = Judged(raw.lesion_logits, positive, matched != IGNORED, overlap)
-        lesion = LESION_LOSSES[self.config.lesion_loss](judged, self.config)
-        box = BOX_LOSSES[self.config.box_loss](placed, self.config)
+        lesion = find_choice(LESION_LOSSES, self.config.lesion_loss)(judged, self.config)
+        box = find_choice(BOX_LOSSES, self.config.box_loss)(placed, self.config)
         category = class_loss(raw.class_logits[positive], labels, self.class_weights)
         return {
             "lesion": lesion / count,
@@ -107,47 +81,6 @@ def _placed(raw: RawDetections, flat: Tensor, positive: Tensor, boxes: Tensor) -
     return Placed(predicted, deltas, anchors, boxes)
 
 
-def _focal(judged: Judged, config: RetinaNetConfig) -> Tensor:
-    targets = judged.positive[judged.counted].float()
-    logits = judged.logits[judged.counted]
-    return focal_loss(logits, targets, config.focal_alpha, config.focal_gamma)
-
-
-def _balanced(judged: Judged, config: RetinaNetConfig) -> Tensor:
-    targets = judged.positive[judged.counted].float()
-    return balanced_cross_entropy(judged.logits[judged.counted], targets, config.balanced_alpha)
-
-
-def _hard_negative(judged: Judged, config: RetinaNetConfig) -> Tensor:
-    kept = config.negatives_per_positive
-    return hard_negative_loss(judged.logits, judged.positive, judged.counted, kept)
-
-
-def _varifocal(judged: Judged, config: RetinaNetConfig) -> Tensor:
-    quality = torch.zeros_like(judged.logits)
-    quality[judged.positive] = judged.overlap.to(quality.dtype)
-    logits, quality = judged.logits[judged.counted], quality[judged.counted]
-    return varifocal_loss(logits, quality, config.varifocal_alpha, config.varifocal_gamma)
-
-
-LESION_LOSSES: dict[str, Callable[[Judged, RetinaNetConfig], Tensor]] = {
-    "focal": _focal,
-    "balanced-cross-entropy": _balanced,
-    "hard-negative-mining": _hard_negative,
-    "varifocal": _varifocal,
-}
-
-BOX_LOSSES: dict[str, Callable[[Placed, RetinaNetConfig], Tensor]] = {
-    "giou": lambda placed, _: box_loss(placed.predicted, placed.target),
-    "diou": lambda placed, _: diou_loss(placed.predicted, placed.target),
-    "smooth-l1": lambda placed, config: smooth_l1_loss(
-        placed.deltas, encode_boxes(placed.target, placed.anchors), config.smooth_l1_beta
-    ),
-}
-
-MATCHERS: dict[str, Callable[[list[Tensor], Tensor, RetinaNetConfig], Tensor]] = {
-    "atss": lambda anchors, boxes, config: match_atss(anchors, boxes, config.atss_candidates),
-    "iou": lambda anchors, boxes, config: match_iou(
-        anchors, boxes, config.fg_iou_thresh, config.bg_iou_thresh, config.low_quality_matches
-    ),
-}
+def class_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Return the summed cross-entropy of ``[n, classes]`` logits; ``weights`` evens rare classes out."""
+    return functional.cross_entropy(logits, labels, weight=weights, reduction="sum")

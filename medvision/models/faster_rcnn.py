@@ -13,7 +13,8 @@ from torchvision.ops import clip_boxes_to_image, nms
 
 from medvision.errors import UsageError
 from medvision.models.anchors import level_anchors
-from medvision.models.backbones import Backbone, make_backbone, pyramid_channels
+from medvision.models.backbone import Backbone
+from medvision.models.backbones import make_backbone, pyramid_channels
 from medvision.models.box_coder import decode_boxes, encode_boxes
 from medvision.models.mask_head import (
     MaskBranch,

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from medvision.models.config import RetinaNetConfig
+
 BACKGROUND = -1
 IGNORED = -2
 
@@ -112,6 +114,17 @@ def _serve_left_out(overlaps: Tensor, chosen: Tensor, matched: Tensor) -> Tensor
                     counts[owner] -= 1
                 break
     return matched
+
+
+def by_atss(anchors: list[Tensor], boxes: Tensor, config: RetinaNetConfig) -> Tensor:
+    """Match as :func:`match_atss` does, with the settings' number of candidates."""
+    return match_atss(anchors, boxes, config.atss_candidates)
+
+
+def by_iou(anchors: list[Tensor], boxes: Tensor, config: RetinaNetConfig) -> Tensor:
+    """Match as :func:`match_iou` does, with the settings' thresholds."""
+    low = config.low_quality_matches
+    return match_iou(anchors, boxes, config.fg_iou_thresh, config.bg_iou_thresh, low)
 
 
 def ignore_inside(anchors: Tensor, matched: Tensor, regions: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, nms
 
 from medvision.models.box_coder import decode_boxes, encode_boxes
 from medvision.models.criterion import Target
-from medvision.models.losses import focal_loss
+from medvision.models.lesion_losses import focal_loss
 from medvision.models.matcher import BACKGROUND, IGNORED, ignore_inside, match_atss, match_iou
 from medvision.models.two_stage_config import ProposalConfig, RegionConfig
 

@@ -6,12 +6,11 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from medvision.models.choices import BACKBONES, NARROW
+
 STEM_STRIDE = 2
 FINEST_STRIDE = 4
 """Stride of the finest pyramid level, P2; no stage before it enters the pyramid."""
-
-NARROW = "resnet18-narrow"
-"""Name of the ResNet of basic blocks whose ``blocks`` and ``width`` are settings."""
 
 Norm = Literal["batch", "frozen", "group"]
 """batch: as built; frozen: batch norm with fixed statistics and weights; group: group norm."""
@@ -28,7 +27,7 @@ class PyramidConfig(BaseModel):
     backbone: str = Field(
         NARROW,
         min_length=1,
-        description=f"{NARROW}, resnet18, 34, 50, 101 or 152, or timm/NAME (package timm)",
+        description=f"{', '.join(BACKBONES)}, or timm/NAME (package timm)",
     )
     blocks: tuple[int, int, int, int] = Field(
         (2, 2, 2, 2), description=f"blocks a stage of {NARROW}"

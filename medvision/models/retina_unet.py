@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from medvision.errors import UsageError
 from medvision.models.anchors import AnchorSizes
-from medvision.models.backbones import Backbone
+from medvision.models.backbone import Backbone
 from medvision.models.criterion import Criterion, Target
 from medvision.models.mask_head import MaskDetections
 from medvision.models.postprocess import select_detections

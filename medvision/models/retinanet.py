@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medvision.models.anchors import AnchorSizes, level_anchors
-from medvision.models.backbones import Backbone, make_backbone, pyramid_channels
+from medvision.models.backbone import Backbone
+from medvision.models.backbones import make_backbone, pyramid_channels
 from medvision.models.box_coder import decode_boxes
 from medvision.models.config import RetinaNetConfig
 from medvision.models.pyramid import FeaturePyramid

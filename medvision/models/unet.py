@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medvision.errors import UsageError
-from medvision.models.backbones import TIMM_PREFIX, build_backbone
+from medvision.models.backbones import build_backbone
 from medvision.models.retinanet import InnerWindows
+from medvision.models.timm_backbone import TIMM_PREFIX
 from medvision.models.unet_blocks import center_crop, convolutions, halving, upsampling
 from medvision.models.unet_config import (
     ARCHITECTURE,

@@ -14,22 +14,16 @@ from torch import Tensor
 
 from medvision.errors import InputError, UsageError
 from medvision.files import sha256_of
-from medvision.models.backbones import (
-    PLAIN_INPUT,
-    TIMM_PREFIX,
-    Backbone,
-    Colours,
-    build_backbone,
-    expected_input,
-    first_layers,
-)
+from medvision.models.backbone import Backbone
+from medvision.models.backbones import PLAIN_INPUT, Colours, build_backbone, expected_input
+from medvision.models.choices import NARROW
 from medvision.models.efficientnet_lite import efficientnet_lite_names, find_packaged
 from medvision.models.first_convolution import (
     COLOURS,
     adapt_first_convolution,
     fold_input_scale,
 )
-from medvision.models.pyramid_config import NARROW
+from medvision.models.timm_backbone import TIMM_PREFIX
 
 DEFAULT_WEIGHTS = "imagenet"
 """The name of the best weights that the backbone's own package has for it."""
@@ -155,7 +149,7 @@ def fit_weights(backbone: Backbone, found: Pretrained) -> dict[str, Tensor]:
     """
     wanted = backbone.state_dict()
     named = _under_wanted_names(wanted, found.tensors)
-    convolution, norm = first_layers(backbone)
+    convolution, norm = backbone.first_convolution, backbone.first_norm
     first = f"{convolution}.weight"
     if first in named and named[first].shape[1:2] == (COLOURS,):
         _fold(named, convolution, norm, found)

@@ -1,11 +1,23 @@
-"""The losses of the detector: is it a lesion, where is its box, of which class is it."""
+"""The losses of the lesion score: is an anchor a lesion or background."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.ops import distance_box_iou_loss, generalized_box_iou_loss
+
+from medvision.models.config import RetinaNetConfig
+
+
+class Judged(NamedTuple):
+    """The lesion logits of a batch and what is true of each anchor."""
+
+    logits: Tensor  # [batch, anchors]
+    positive: Tensor  # [batch, anchors] bool: stands for a lesion
+    counted: Tensor  # [batch, anchors] bool: is lesion or background, not to be ignored
+    overlap: Tensor  # [positives]: IoU of the predicted box with that of the lesion
 
 
 def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -61,37 +73,28 @@ def varifocal_loss(logits: Tensor, quality: Tensor, alpha: float, gamma: float) 
     return (weight * cross_entropy).sum()
 
 
-def box_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Return the summed GIoU loss of ``[n, 4]`` boxes x1, y1, x2, y2 (Rezatofighi et al. 2019)."""
-    return generalized_box_iou_loss(predicted, target, reduction="sum")
+def focal(judged: Judged, config: RetinaNetConfig) -> Tensor:
+    """Return the focal loss of the anchors that count."""
+    targets = judged.positive[judged.counted].float()
+    logits = judged.logits[judged.counted]
+    return focal_loss(logits, targets, config.focal_alpha, config.focal_gamma)
 
 
-def diou_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Return the summed DIoU loss of ``[n, 4]`` boxes x1, y1, x2, y2: 1 - IoU + (distance / diagonal)^2.
-
-    Zheng et al., Distance-IoU Loss, AAAI 2020: distance of the centres, diagonal of the box round both.
-    """
-    return distance_box_iou_loss(predicted, target, reduction="sum")
+def balanced(judged: Judged, config: RetinaNetConfig) -> Tensor:
+    """Return the balanced cross-entropy of the anchors that count."""
+    targets = judged.positive[judged.counted].float()
+    return balanced_cross_entropy(judged.logits[judged.counted], targets, config.balanced_alpha)
 
 
-def smooth_l1_loss(deltas: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Return the summed smooth L1 loss of ``[n, 4]`` encoded boxes dx, dy, dw, dh.
-
-    Girshick, Fast R-CNN, ICCV 2015, equation 3: ``d^2 / (2 beta)`` for errors under ``beta``,
-    ``|d| - beta / 2`` above.
-    """
-    return functional.smooth_l1_loss(deltas, target, reduction="sum", beta=beta)
+def hard_negative(judged: Judged, config: RetinaNetConfig) -> Tensor:
+    """Return the cross-entropy of the positives and the worst negatives."""
+    kept = config.negatives_per_positive
+    return hard_negative_loss(judged.logits, judged.positive, judged.counted, kept)
 
 
-def class_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Return the summed cross-entropy of ``[n, classes]`` logits; ``weights`` evens rare classes out."""
-    return functional.cross_entropy(logits, labels, weight=weights, reduction="sum")
-
-
-def paired_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Return ``[n]``, the IoU of each row of ``first`` with that of ``second``, both ``[n, 4]``."""
-    low = torch.maximum(first[:, :2], second[:, :2])
-    high = torch.minimum(first[:, 2:], second[:, 2:])
-    shared = (high - low).clamp(min=0).prod(dim=1)
-    areas = (first[:, 2:] - first[:, :2]).prod(dim=1) + (second[:, 2:] - second[:, :2]).prod(dim=1)
-    return shared / (areas - shared).clamp(min=torch.finfo(shared.dtype).tiny)
+def varifocal(judged: Judged, config: RetinaNetConfig) -> Tensor:
+    """Return the varifocal loss; a positive anchor should score as well as its box fits."""
+    quality = torch.zeros_like(judged.logits)
+    quality[judged.positive] = judged.overlap.to(quality.dtype)
+    logits, quality = judged.logits[judged.counted], quality[judged.counted]
+    return varifocal_loss(logits, quality, config.varifocal_alpha, config.varifocal_gamma)

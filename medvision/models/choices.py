@@ -1,0 +1,69 @@
+"""What settings choose by name, and where it is written; read without torch.
+
+A new backbone, loss or matcher is a file of its own and a line here: settings, their schema, the messages that
+list the names, and training follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+NARROW = "resnet18-narrow"
+"""Name of the ResNet of basic blocks whose ``blocks`` and ``width`` are settings."""
+
+# name, number of input channels, with the pooling after the stem -> medvision.models.backbone.Backbone
+BACKBONES = {
+    NARROW: "medvision.models.backbone:build_narrow",
+    "resnet18": "medvision.models.resnet:ResNetFeatures",
+    "resnet34": "medvision.models.resnet:ResNetFeatures",
+    "resnet50": "medvision.models.resnet:ResNetFeatures",
+    "resnet101": "medvision.models.resnet:ResNetFeatures",
+    "resnet152": "medvision.models.resnet:ResNetFeatures",
+}
+# medvision.models.lesion_losses.Judged, settings -> sum over the anchors that count
+LESION_LOSSES = {
+    "focal": "medvision.models.lesion_losses:focal",
+    "balanced-cross-entropy": "medvision.models.lesion_losses:balanced",
+    "hard-negative-mining": "medvision.models.lesion_losses:hard_negative",
+    "varifocal": "medvision.models.lesion_losses:varifocal",
+}
+# medvision.models.box_losses.Placed, settings -> sum over the positive anchors
+BOX_LOSSES = {
+    "giou": "medvision.models.box_losses:giou",
+    "diou": "medvision.models.box_losses:diou",
+    "smooth-l1": "medvision.models.box_losses:smooth_l1",
+}
+# anchors of each level, boxes [n, 4], settings -> for each anchor the index of its box, or a code
+MATCHERS = {
+    "atss": "medvision.models.matcher:by_atss",
+    "iou": "medvision.models.matcher:by_iou",
+}
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Marks a setting whose value is a name in ``choices``: ``Annotated[str, OneOf(LESION_LOSSES)]``."""
+
+    choices: Mapping[str, str]
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Check, describe and refuse as a Literal of the names would."""
+        return core_schema.literal_schema(list(self.choices))
+
+    def __hash__(self) -> int:
+        """Hash by the names: pydantic keeps what it built."""
+        return hash(tuple(self.choices))
+
+
+def find_choice(choices: Mapping[str, str], name: str) -> Any:
+    """Return what ``name`` stands for in one of the tables above; it is imported only now."""
+    module, _, attribute = choices[name].partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,152 @@
+"""Names in settings: each stands for something, and a new one is a file and a line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from medvision.models import choices
+from medvision.models.choices import find_choice
+from medvision.models.config import RetinaNetConfig
+
+TABLES = {
+    "backbone": choices.BACKBONES,
+    "lesion_loss": choices.LESION_LOSSES,
+    "box_loss": choices.BOX_LOSSES,
+    "matcher": choices.MATCHERS,
+}
+ARGUMENTS = {"backbone": 3, "lesion_loss": 2, "box_loss": 2, "matcher": 3}
+
+NEW_FILE = '''
+"""What somebody else wrote."""
+
+import torch
+from torch import nn
+
+from medvision.models.backbone import Backbone
+from medvision.models.matcher import match_iou
+
+asked = []
+
+
+class Tiny(Backbone):
+    def __init__(self, name, in_channels, stem_pooling):
+        super().__init__()
+        self.channels, self.strides = [4, 4, 4, 4], [2, 4, 8, 16]
+        widths = [in_channels, 4, 4, 4]
+        self.steps = nn.ModuleList(nn.Conv2d(width, 4, 3, 2, 1) for width in widths)
+
+    def forward(self, images):
+        maps = []
+        for step in self.steps:
+            images = step(images)
+            maps.append(images)
+        return maps
+
+
+def squares(judged, config):
+    asked.append("loss")
+    return (judged.logits.sigmoid() - judged.positive.float())[judged.counted].square().sum()
+
+
+def l1(placed, config):
+    asked.append("box")
+    return (placed.predicted - placed.target).abs().sum()
+
+
+def generous(anchors, boxes, config):
+    asked.append("matcher")
+    return match_iou(anchors, boxes, 0.3, 0.2)
+'''
+
+NEW_LINES = """
+from medvision.models import choices
+
+choices.BACKBONES["tiny"] = "somebody_else:Tiny"
+choices.LESION_LOSSES["squares"] = "somebody_else:squares"
+choices.BOX_LOSSES["l1"] = "somebody_else:l1"
+choices.MATCHERS["generous"] = "somebody_else:generous"
+"""
+
+COMMAND = """
+import sys
+from medvision.cli.main import main
+
+status = main(sys.argv[1:])
+import somebody_else
+
+print(sorted(set(somebody_else.asked)))
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize(("setting", "name"), [(s, n) for s, t in TABLES.items() for n in t])
+def test_every_name_stands_for_something_that_takes_what_it_is_given(
+    setting: str, name: str
+) -> None:
+    found = find_choice(TABLES[setting], name)
+    names = inspect.signature(found).parameters
+    assert len(names) == ARGUMENTS[setting]
+    assert getattr(RetinaNetConfig.model_validate({setting: name}), setting) == name
+
+
+@pytest.mark.parametrize("setting", ["lesion_loss", "box_loss", "matcher"])
+def test_another_name_is_refused_with_those_that_there_are(setting: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        RetinaNetConfig.model_validate({setting: "no such"})
+    assert all(f"'{name}'" in str(refused.value) for name in TABLES[setting])
+    schema = RetinaNetConfig.model_json_schema()["properties"][setting]
+    assert schema["enum"] == list(TABLES[setting])
+
+
+def test_settings_are_read_without_torch() -> None:
+    code = "import sys, medvision.models.family_config; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_new_backbone_loss_and_matcher_are_a_file_and_a_line_each(
+    phantom_data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "somebody_else.py").write_text(NEW_FILE)
+    settings = {
+        "model.backbone": "tiny",
+        "model.lesion_loss": "squares",
+        "model.box_loss": "l1",
+        "model.matcher": "generous",
+        "model.pyramid_channels": 8,
+        "sampling.crop_size": 32,
+        "stack.n_slices": 3,
+        "steps": 2,
+        "batch_size": 2,
+        "validations": 1,
+        "device": "cpu",
+    }
+    words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            NEW_LINES + COMMAND,
+            "train",
+            str(phantom_data),
+            "-o",
+            str(run),
+            *words,
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['box', 'loss', 'matcher']"
+    model = json.loads((run / "detector.json").read_text())["model"]
+    assert (model["backbone"], model["lesion_loss"]) == ("tiny", "squares")
