@@ -17,7 +17,7 @@ from torchvision.models import resnet18, resnet50
 
 from medvision.errors import UsageError
 from medvision.models.deformable import DeformConv2d, deform_conv2d, deform_stages
-from medvision.models.deformable_roi import DeformRoIAlign, deform_roi_align
+from medvision.models.deformable_roi import DeformRoIAlign, deform_roi_align, roi_align
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -265,6 +265,35 @@ def test_onnx_gives_equal_outputs_for_any_size(tmp_path: Path, modulated: bool) 
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_elsewhere_than_on_the_cpu_torchvisions_operators_compute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    def counted(name: str) -> Callable[..., Tensor]:
+        real = getattr(ops, name)
+
+        def call(*given: Any) -> Tensor:
+            calls.append(name)
+            found: Tensor = real(*given)
+            return found
+
+        return call
+
+    for name in ("deform_conv2d", "roi_align"):
+        monkeypatch.setattr(ops, name, counted(name))
+    # The meta device has shapes and no values: what runs on CUDA, without one.
+    with torch.device("meta"):
+        layer = DeformConv2d(4, 6, 3, padding=1)
+        assert layer(torch.empty(2, 4, 9, 7)).shape == (2, 6, 9, 7)
+        pooled = roi_align(torch.empty(1, 4, 9, 7), torch.empty(3, 5), (2, 2), 1.0, 2, True)
+    assert pooled.shape == (3, 4, 2, 2)
+    assert calls == ["deform_conv2d", "roi_align"]
+    DeformConv2d(4, 6, 3, padding=1)(torch.rand(2, 4, 9, 7))
+    roi_align(torch.rand(1, 4, 9, 7), torch.tensor([[0.0, 1, 1, 4, 4]]), (2, 2), 1.0, 2, True)
+    assert len(calls) == 2
+
+
 def test_torchscript_gives_equal_outputs() -> None:
     torch.manual_seed(0)
     layer = DeformConv2d(4, 6, 3, padding=1).eval()

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -157,3 +158,34 @@ def test_text_and_exit_code_of_a_failure(
     assert "FAILED" in text
     assert "Install it again." in text
     assert "Failed: RLE" in text
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "names", "status"),
+    [
+        (True, "550.1", ["cuda:0", "cuda:1", "Driver"], "ok"),
+        (False, "550.1", ["CUDA"], "note"),
+        (False, None, ["CUDA"], "note"),
+    ],
+)
+def test_the_graphics_processor_is_named_with_its_driver(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, driver: str | None, names: list[str], status: str
+) -> None:
+    import torch
+
+    properties = SimpleNamespace(name="H100", total_memory=80 * 2**30)
+    monkeypatch.setattr(doctor, "_nvidia_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    checks = list(doctor.check_gpu())
+    assert [check.name for check in checks] == names
+    assert {check.status for check in checks} == {status}
+    if cuda:
+        assert checks[0].detail.startswith("H100, 80")
+        assert checks[-1].detail == "550.1"
+    elif driver:
+        assert "driver 550.1 found, but torch" in checks[0].detail
+        assert checks[0].remedy is not None
+    else:
+        assert "computes on the processor" in checks[0].detail

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models.detection import _utils as reference
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -18,6 +20,7 @@ from torchvision.models.detection.rpn import (
     concat_box_prediction_layers,
 )
 from torchvision.ops import MultiScaleRoIAlign, box_iou
+from torchvision_support import resnet18_fpn, seen_by, shake
 
 from medvision.errors import UsageError
 from medvision.models.faster_rcnn import (
@@ -195,6 +198,61 @@ def test_both_stages_equal_torchvisions_with_its_weights() -> None:
     masks = branch.head(branch.pool(raw.levels, [item["boxes"] for item in found])).sigmoid()
     theirs = torch.cat([item["masks"] for item in expected])
     torch.testing.assert_close(masks, theirs, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_the_whole_network_equals_torchvisions_faster_rcnn_from_pixels_to_detections() -> None:
+    torch.manual_seed(0)
+    options = {"backbone": "resnet18", "stem_pooling": True, "inner_windows": ()}
+    sizes = (*SIZES, ((40.0, 40.0), (50.0, 45.0)))
+    rule = LevelRuleConfig(k0=3, canonical_size=10.0)
+    config = FasterRCNNConfig.model_validate(
+        {
+            **options,
+            "pyramid_channels": 16,
+            "anchor_sizes": sizes,
+            "level_rule": rule,
+            "regions": REGIONS,
+        }
+    )
+    network = build_faster_rcnn(config, 3, 1).eval()
+    shake(network.backbone)
+    network.box_pool.pool = RoIAlign(7, 2, aligned=False)
+    head, body, predictor = RPNHead(16, 2), TwoMLPHead(16 * 49, 64), FastRCNNPredictor(64, 2)
+    nn.init.normal_(head.cls_logits.weight, std=0.3)
+    nn.init.normal_(head.bbox_pred.weight, std=0.05)
+    copy_weights(network.proposal_head, head)
+    copy_weights(network.box_head, body, predictor)
+    images = torch.rand(2, 3, 64, 96)
+    settings = config.proposals
+    theirs = TorchvisionFasterRCNN(
+        resnet18_fpn(network, 16),
+        rpn_anchor_generator=AnchorGenerator(((8, 16),) * 4, ((1.0,),) * 4),
+        rpn_head=head,
+        rpn_pre_nms_top_n_test=settings.pre_nms_top_n,
+        rpn_post_nms_top_n_test=settings.post_nms_top_n,
+        rpn_nms_thresh=settings.nms_thresh,
+        box_roi_pool=MultiScaleRoIAlign(
+            ["0", "1", "2", "3"], 7, 2, canonical_scale=10, canonical_level=3
+        ),
+        box_head=body,
+        box_predictor=predictor,
+        box_score_thresh=KEPT["score_thresh"],
+        box_nms_thresh=KEPT["nms_thresh"],
+        box_detections_per_img=KEPT["detections_per_img"],
+        # The images are neither resized nor normalised: ours come in -1..1 already.
+        min_size=64,
+        max_size=96,
+        image_mean=[0.0] * 3,
+        image_std=[1.0] * 3,
+    ).eval()
+    theirs.rpn.anchor_generator = OurAnchors(network(images).proposals.anchors)
+    expected = theirs(list(seen_by(network, images)))
+    found = network.select(network(images), **KEPT)
+    for ours, other in zip(found, expected, strict=True):
+        assert len(ours["scores"]) > 3
+        torch.testing.assert_close(ours["scores"], other["scores"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours["boxes"], other["boxes"], atol=1e-3, rtol=1e-4)
 
 
 def test_region_losses_equal_torchvisions() -> None:

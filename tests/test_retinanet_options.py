@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection.retinanet import (
     RetinaNetClassificationHead,
+    RetinaNetHead,
     RetinaNetRegressionHead,
 )
 from torchvision.ops import (
@@ -23,6 +26,7 @@ from torchvision.ops import (
     generalized_box_iou_loss,
     sigmoid_focal_loss,
 )
+from torchvision_support import resnet18_fpn, seen_by, shake
 
 from medvision.models.anchors import level_anchors
 from medvision.models.box_coder import decode_boxes
@@ -132,6 +136,35 @@ def test_raw_outputs_equal_torchvisions_heads_with_the_same_weights() -> None:
         deltas.reshape(-1, 4), [torch.cat(raw.anchors)] * 2
     )
     torch.testing.assert_close(raw.boxes.reshape(-1, 4), decoded[:, 0], atol=1e-3, rtol=1e-4)
+
+
+def test_the_whole_network_equals_torchvisions_retinanet_from_pixels_to_raw_outputs() -> None:
+    torch.manual_seed(0)
+    sizes = (*SIZES, ((40.0, 40.0), (50.0, 45.0)))
+    options = {"backbone": "resnet18", "stem_pooling": True, "inner_windows": (), "head_depth": 4}
+    config = RetinaNetConfig.model_validate(
+        {**options, "pyramid_channels": 16, "anchor_sizes": sizes}
+    )
+    network = build_retinanet(config, 3, 3).eval()
+    shake(network.backbone)
+    lesion, category, box = torchvision_heads(16, 2, 3)
+    copy_head(network.head, lesion, category, box)
+    anchors = AnchorGenerator(((8, 16),) * 4, ((1.0,),) * 4)
+    head = RetinaNetHead(16, 2, 1, norm_layer=nn.BatchNorm2d)
+    head.classification_head, head.regression_head = lesion, box
+    theirs = TorchvisionRetinaNet(resnet18_fpn(network, 16), 1, anchor_generator=anchors, head=head)
+    images = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        raw = network(images)
+        levels = list(theirs.eval().backbone(seen_by(network, images)).values())
+        expected = theirs.head(levels)
+        classes = category(levels)
+    torch.testing.assert_close(
+        raw.lesion_logits, expected["cls_logits"][..., 0], atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(raw.deltas, expected["bbox_regression"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(raw.class_logits, classes, atol=1e-4, rtol=1e-4)
+    assert expected["cls_logits"].std() > 0.1
 
 
 # --- losses ------------------------------------------------------------------------------------
