@@ -479,21 +479,21 @@ def test_a_shift_by_the_total_stride_shifts_the_outputs() -> None:
     for part in network.modules():
         if isinstance(part, nn.Conv2d) and part.kernel_size != (1, 1):
             part.padding_mode = "circular"
-    nn.init.normal_(network.head.lesion.weight, std=0.1)
+    for part in (network.head.lesion, network.head.category, network.head.box):
+        nn.init.normal_(part.weight, std=0.1)
     images, (down, right) = torch.rand(1, 3, 64, 96), (16, 32)
     with torch.no_grad():
         raw, moved = network(images), network(images.roll((down, right), (2, 3)))
-    assert raw.lesion_logits.std() > 1e-3
     counts = [len(level) for level in raw.anchors]
-    for before, after, stride in zip(
-        raw.lesion_logits.split(counts, dim=1),
-        moved.lesion_logits.split(counts, dim=1),
-        network.strides,
-        strict=True,
-    ):
-        grid = (1, 64 // stride, 96 // stride, 2)
-        expected = before.reshape(grid).roll((down // stride, right // stride), (1, 2))
-        torch.testing.assert_close(after.reshape(grid), expected, atol=1e-5, rtol=1e-4)
+    for name in ("lesion_logits", "class_logits", "deltas"):
+        whole, shifted = getattr(raw, name), getattr(moved, name)
+        assert whole.std() > 1e-3
+        for before, after, stride in zip(
+            whole.split(counts, dim=1), shifted.split(counts, dim=1), network.strides, strict=True
+        ):
+            grid = (1, 64 // stride, 96 // stride, -1)
+            expected = before.reshape(grid).roll((down // stride, right // stride), (1, 2))
+            torch.testing.assert_close(after.reshape(grid), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_at_the_start_every_anchor_is_a_lesion_with_one_percent() -> None:
