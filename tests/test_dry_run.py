@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +15,20 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import alexnet, resnet18, resnet50
 
+from medvision import predict
 from medvision.cli.main import main
 from medvision.datasets.discover import find_cases, load_case
 from medvision.errors import InputError, Interrupted
 from medvision.models.backbones import build_backbone, make_backbone
 from medvision.models.pyramid_config import PyramidConfig
 from medvision.sample_data.phantoms import write_phantom_dataset
+from medvision.training import recall
 from medvision.training.config import TrainConfig, make_train_config
+from medvision.training.cost import slices_looked_at
 from medvision.training.dry_run import FITTED, PERCENTILES, DryRun, dry_run, lesion_sides
+from medvision.training.prepare import prepare_data
 from medvision.training.receptive_field import receptive_fields
+from medvision.training.train import train
 
 SMALL = {
     "steps": 50,
@@ -140,6 +146,31 @@ def test_the_cost_adds_up(found: DryRun) -> None:
     assert cost.seconds_per_step > 0
     assert cost.seconds_per_slice > 0
     assert 100 < cost.memory_mib < 100_000
+
+
+@pytest.mark.parametrize("name", ["retinanet", "mask-rcnn", "unet"])
+def test_a_run_looks_at_as_many_slices_as_it_said(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    changes: dict[str, object] = {"name": name, "width": 8, "pyramid_channels": 8}
+    if name == "unet":
+        changes = {"name": name, "depth": 3, "base_channels": 4}
+    # One look at a slice, also by the weights that are kept: mirror images count as shares of a look.
+    config = small(model=changes, steps=4, predict={"flips": False, "scales": (1.0,)})
+    seen = []
+    for module in (predict, recall):
+        real = module.stack_batches
+
+        def counted(*given: Any, real: Any = real) -> Iterator[Any]:
+            for numbers, batch in real(*given):
+                seen.append(len(numbers))
+                yield numbers, batch
+
+        monkeypatch.setattr(module, "stack_batches", counted)
+    train(data, tmp_path / "run", config)
+    monkeypatch.undo()
+    cases, _ = prepare_data(data, tmp_path / "cache", config, lambda _: None)
+    assert sum(seen) == slices_looked_at(config, cases)
 
 
 def test_a_time_limit_cuts_the_steps(data: Path) -> None:

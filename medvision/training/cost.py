@@ -14,6 +14,7 @@ from medvision.detector import DetectorConfig
 from medvision.device import Device
 from medvision.errors import Interrupted
 from medvision.geometry import Box
+from medvision.models.two_stage_config import TwoStageConfig
 from medvision.predict import find_lesions
 from medvision.progress import Progress, ProgressCallback, StopCallback
 from medvision.training.cache import CachedCase
@@ -58,7 +59,7 @@ def measure_cost(
     config = trainer.config
     per_step = _time_steps(trainer, detector, cases, on_progress, should_stop)
     per_slice = _time_slices(trainer, detector, (cases.validation or cases.training)[0])
-    looking = per_slice * _slices_looked_at(config, cases)
+    looking = per_slice * slices_looked_at(config, cases)
     training = config.steps * per_step
     limit = config.max_minutes * 60
     in_time = config.steps
@@ -76,16 +77,27 @@ def measure_cost(
     )
 
 
-def _slices_looked_at(config: TrainConfig, cases: TrainingData) -> int:
-    """Return how many slices a run predicts: all held out at each validation, some for hard negatives."""
+def slices_looked_at(config: TrainConfig, cases: TrainingData) -> int:
+    """Return how many slices a run predicts: all held out at each validation, some for hard negatives.
+
+    A two-stage model is asked once more on slices with lesions, for what it proposes there.
+    """
     held_out = sum(len(case.array) for case in cases.validation)
+    proposed = 0
+    if isinstance(config.model, TwoStageConfig):
+        found = (
+            (case.case_id, item.slice_index)
+            for case in cases.validation
+            for item in case.slice_boxes()
+        )
+        proposed = (config.validations + 1) * len(set(found))
     mined = 0
     if config.sampling.hard_share:
         for case in cases.training:
             every = slices_apart(config.model, config.stack, case.volume.spacing_mm[0])
             mined += -(-len(case.array) // every)
     # At the end the best weights are judged as prediction uses them.
-    return round((config.validations + config.predict.looks) * held_out) + mined
+    return round((config.validations + config.predict.looks) * held_out) + proposed + mined
 
 
 def _time_steps(
