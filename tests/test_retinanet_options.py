@@ -83,11 +83,7 @@ def randomise(module: nn.Module) -> None:
             nn.init.xavier_normal_(part.weight)
             if part.bias is not None:
                 nn.init.normal_(part.bias, std=0.1)
-        if isinstance(part, nn.BatchNorm2d):
-            nn.init.normal_(part.weight, 1, 0.1)
-            nn.init.normal_(part.bias, std=0.1)
-            nn.init.normal_(part.get_buffer("running_mean"), std=0.1)
-            nn.init.uniform_(part.get_buffer("running_var"), 0.5, 1.5)
+    shake(module)
 
 
 def copy_tower(ours: Any, theirs: Any) -> None:
