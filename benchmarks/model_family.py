@@ -32,11 +32,10 @@ RESULT = "result.json"
 KIB_PER_GIB = 2**20
 HEADING = """# The models on the sample
 
-Each trained on `data/train` and tested on `data/test` with the settings of `make demo`: 1800 steps, or what fits
-into 14.25 minutes. Sensitivity is at 1
-false positive per volume, with its 95 percent interval by bootstrap over the volumes. Seconds a volume are
-those of the whole command `medvision predict`: four mirror images of each slice and, but for the U-Net, two
-more pixel sizes. Made by
+Each trained on `data/train` and tested on `data/test` with the settings of `make demo`: 1800 steps, or what
+fits into 14.25 minutes. Sensitivity is at 1 false positive per volume, with its 95 percent interval by bootstrap
+over the volumes. Seconds a volume are those of the whole command `medvision predict`: four mirror images of
+each slice and, but for the U-Net, two more pixel sizes. Made by
 
 ```
 python benchmarks/model_family.py data/ -o runs/family
@@ -71,7 +70,6 @@ def run_model(name: str, data: Path, folder: Path, settings: list[str]) -> dict[
     train += [part for pair in settings for part in ("--set", pair)]
     train += ["--resume"] if (run / "state.json").is_file() else []
     trained = measured(train)
-    trained["steps"] = json.loads((run / "state.json").read_text(encoding="utf-8"))["step"]
     predicted = measured(["predict", str(run), str(data / "test"), "-o", str(out), "--overwrite"])
     loaded = load_cases(out, data / "test")
     result = evaluate(loaded.cases, class_names=loaded.class_names, draws=1000, seed=0)
@@ -100,9 +98,12 @@ def measured(words: list[str]) -> dict[str, float]:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return what a finished run wrote; None if there is none."""
+    """Return what a finished run wrote, and its steps; None if there is none."""
     path = folder / RESULT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    state = json.loads((folder / "run" / "state.json").read_text(encoding="utf-8"))
+    return {**json.loads(path.read_text(encoding="utf-8")), "steps": state["step"]}
 
 
 def as_table(results: list[dict[str, Any]]) -> str:
@@ -135,7 +136,7 @@ def _row(result: dict[str, Any]) -> str:
         as_text(overall["sensitivity_at_1_fp"], 2),
         as_text(overall["cpm"], 2),
         as_text(overall["ap_0.1"], 2),
-        f"{training['steps']}",
+        f"{result['steps']}",
         f"{training['seconds'] / 60:.1f}",
         f"{prediction['seconds'] / result['volumes']:.1f}",
         f"{training['peak_gib']:.1f} GiB",
