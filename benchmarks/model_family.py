@@ -33,9 +33,9 @@ KIB_PER_GIB = 2**20
 HEADING = """# The models on the sample
 
 Each trained on `data/train` and tested on `data/test` with the settings of `make demo`: 1800 steps, or what
-fits into 14.25 minutes. Sensitivity is at 1 false positive per volume, with its 95 percent interval by bootstrap
-over the volumes. Seconds a volume are those of the whole command `medvision predict`: four mirror images of
-each slice and, but for the U-Net, two more pixel sizes. Made by
+fits into 14.25 minutes. Sensitivity is at 1 false positive per volume, with its 95 percent interval by
+bootstrap over the volumes. Seconds a volume are those of the whole command `medvision predict`: four
+mirror images of each slice and, but for the U-Net, two more pixel sizes. Made by
 
 ```
 python benchmarks/model_family.py data/ -o runs/family
