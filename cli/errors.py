@@ -14,7 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from medvision.errors import Interrupted, MedvisionError, ResourceError, UsageError
+from medvision.errors import (
+    Interrupted,
+    MedvisionError,
+    ResourceError,
+    UsageError,
+    ran_out_of_memory,
+)
 
 EXIT_CODES = {
     0: "done",
@@ -43,8 +49,7 @@ def as_medvision_error(error: BaseException) -> MedvisionError:
         return Interrupted("Interrupted.", do="Run the same command again.")
     if is_usage_error(error):
         return _usage_error(error)
-    # torch's error is known by its name: importing torch to compare types would take seconds.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if ran_out_of_memory(error):
         return ResourceError(
             "Memory ran out.",
             why=_first_line(error),

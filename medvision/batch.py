@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from medvision.datasets.discover import find_dataset_scans
-from medvision.errors import InputError, Interrupted, MedvisionError, ResourceError
+from medvision.errors import (
+    InputError,
+    Interrupted,
+    MedvisionError,
+    ResourceError,
+    ran_out_of_memory,
+)
 from medvision.export.engines import check_run, load_predictor
 from medvision.files import atomic_write_text
 from medvision.findings.finding import ScanFindings
@@ -247,8 +253,7 @@ def _is_series(reference: ScanReference, wanted: str) -> bool:
 
 def _raise_if_exhausted(error: Exception, reference: ScanReference) -> None:
     """Raise ResourceError if memory or disk ran out: the next scan would only fail too."""
-    # torch's error is known by its name: importing torch to compare types would take seconds.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if ran_out_of_memory(error):
         raise ResourceError(
             "Memory ran out.",
             where=reference.path,

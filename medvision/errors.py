@@ -69,3 +69,18 @@ class Interrupted(MedvisionError):  # noqa: N818  (not a fault)
     def __init__(self, what: str, *, signal_number: int = 2, do: str | None = None) -> None:
         super().__init__(what, do=do)
         self.exit_code = 128 + signal_number
+
+
+_NO_MEMORY = ("can't allocate memory", "failed to allocate memory", "bad_alloc", "bad allocation")
+"""What torch on a CPU and ONNX Runtime say: their errors have no class of their own for it."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out: Python's, torch's on a GPU or a CPU, or ONNX Runtime's.
+
+    torch's class is known by its name: importing torch to compare types would take seconds.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return isinstance(error, Exception) and any(words in text for words in _NO_MEMORY)

@@ -161,6 +161,7 @@ def test_other_weights_settings_or_scans_are_predicted_again(scans, tmp_path):
     [
         (MemoryError(), "Memory ran out"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), "Memory ran out"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "Memory ran out"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
         (ResourceError("Memory ran out."), "Memory ran out"),
     ],

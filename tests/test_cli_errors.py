@@ -37,6 +37,8 @@ CODES = [
     (ResourceError("x"), 5),
     (MemoryError(), 5),
     (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 5),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), 5),
+    (RuntimeError("Failed to allocate memory for requested buffer of size 9"), 5),
     (OSError(errno.ENOSPC, "No space left on device", "/out/a"), 5),
     (PermissionError(errno.EACCES, "Permission denied", "/out/a"), 2),
     (Interrupted("x"), 130),

@@ -28,7 +28,7 @@ from medvision.detector import (
     with_score_thresh,
 )
 from medvision.device import choose_device
-from medvision.errors import InputError, UsageError
+from medvision.errors import InputError, UsageError, ran_out_of_memory
 from medvision.export import check, files, graph
 from medvision.export.check import TOLERANCE, check_volumes, compare, largest_difference
 from medvision.export.engine import OnnxPredictor, OnnxSession
@@ -495,3 +495,28 @@ def test_the_help_page_is_complete_and_fast(
 def test_the_run_folder_stays_a_run_folder(run: Path) -> None:
     assert load_detector_config(run) == CONFIG
     assert check.TOLERANCE == 1e-4
+
+
+def test_torchs_own_error_without_memory_is_known() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(10**15)
+    assert ran_out_of_memory(raised.value)
+    assert not ran_out_of_memory(RuntimeError("The size of tensor a must match"))
+
+
+def test_a_graph_that_runs_out_of_memory_is_not_called_wrong(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    raised = RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    )
+
+    def exhausted(images: torch.Tensor) -> None:
+        raise raised
+
+    monkeypatch.setattr(torch.jit, "load", lambda path: exhausted)
+    write = _write_torchscript
+    module, images = torch.nn.Identity(), torch.zeros(1, 3, 8, 8)
+    with pytest.raises(RuntimeError, match="can't allocate") as caught:
+        write(module, ["maps"], images, tmp_path / "graph.pt")(images)
+    assert caught.value is raised

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medvision.detector import DetectorConfig, load_detector
-from medvision.errors import InputError
+from medvision.errors import InputError, ran_out_of_memory
 from medvision.export.check import Runner, check_volumes, compare
 from medvision.export.engine import OnnxSession
 from medvision.export.files import (
@@ -118,6 +118,8 @@ def _write_torchscript(module: nn.Module, names: list[str], images: Tensor, path
         try:
             return dict(zip(names, loaded(images), strict=True))
         except RuntimeError as error:
+            if ran_out_of_memory(error):
+                raise
             raise InputError(
                 f"The traced graph fails on slices of {images.shape[-2]} x {images.shape[-1]} pixels.",
                 why=str(error).strip().splitlines()[-1],
