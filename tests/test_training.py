@@ -82,7 +82,10 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(
         path.unlink()
     with pytest.raises(UsageError, match="scans it was started with"):
         train(fewer, tmp_path / "resumed", small(), resume=True)
+    # What a process that was killed while writing leaves behind.
+    (tmp_path / "resumed" / ".partial-x1.safetensors").write_bytes(b"half")
     assert train(phantom_data, tmp_path / "resumed", small(), resume=True).steps == 6
+    assert not list((tmp_path / "resumed").rglob(".partial-*"))
     for name in ("last.safetensors", "best.safetensors"):
         first = load_file(tmp_path / "straight" / name)
         second = load_file(tmp_path / "resumed" / name)

@@ -25,7 +25,7 @@ from medvision.detector import (
 )
 from medvision.device import Device, choose_device
 from medvision.errors import InputError, UsageError
-from medvision.files import atomic_write_text
+from medvision.files import atomic_write_text, remove_partial
 from medvision.models.family import ENCODERS, OUTPUTS, build_criterion, build_model
 from medvision.models.family_config import backbone_name, must_learn
 from medvision.models.weights import check_weights, load_pretrained
@@ -99,6 +99,7 @@ def train(
             do="Wait for it, or train into another folder.",
         ) from error
     try:
+        remove_partial(run)
         state = _open_run(run, config, resume)
         return _train(data, run, config, state, on_progress, should_stop)
     finally:
