@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
 PARTIAL = ".partial-"
 """Beginning of the names of files and folders that are being written."""
 
