@@ -140,18 +140,18 @@ def test_borders_between_close_lesions_get_their_weight(
     train_keeping(made := [], monkeypatch, data, tmp_path / "run", weighted)
     train_keeping(made, monkeypatch, data, tmp_path / "plain", plain)
     targets = [made[0][index].target for index in range(12)]
-    assert all("pixel_weights" in target for target in targets)
-    assert not any("pixel_weights" in made[1][index].target for index in range(12))
+    assert all("added_weights" in target for target in targets)
+    assert not any("added_weights" in made[1][index].target for index in range(12))
     # Two lesions in one crop, so that there is a border; the phantoms' own are rarely that close.
     labels = np.zeros((32, 32), dtype=np.uint8)
     labels[10:14, 8:12], labels[10:14, 15:19] = 1, 2
-    target = make_target(labels, [CropLabel(0, 16, True)] * 2, 0.5, made[0].drawn)
-    expected = 1 + 7 * math.exp(-((2 + 2) ** 2) / (2 * 9**2))
-    assert target["pixel_weights"][12, 13] == pytest.approx(expected)
-    assert target["pixel_weights"][12, 9] == 1
+    target = make_target(labels, [CropLabel(0, 16, True)] * 2, 0.5, made[0].outlines)
+    expected = 7 * math.exp(-((2 + 2) ** 2) / (2 * 9**2))
+    assert target["added_weights"][12, 13] == pytest.approx(expected)
+    assert target["added_weights"][12, 9] == 0
     # And the loss follows: with logits that call everything lesion, borders cost more.
     criterion = build_criterion(weighted.model, torch.ones(2))
-    unweighted = {key: value for key, value in target.items() if key != "pixel_weights"}
+    unweighted = {key: value for key, value in target.items() if key != "added_weights"}
     logits = torch.zeros(1, 3, 32, 32)
     logits[:, 1:] = 2.0
     raw: Any = RawSegmentation(logits, ())
@@ -161,6 +161,24 @@ def test_borders_between_close_lesions_get_their_weight(
         raw = network(torch.zeros(1, 3, 32, 32))._replace(segmentation_logits=logits)
     with_border, without = (criterion(raw, [item]) for item in (target, unweighted))
     assert sum(with_border.values()) > sum(without.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "kept"),
+    [
+        ("unet", "loss", {"dice": 1.0, "cross_entropy": 1.0, "background_weight": 0.05}),
+        ("retina-unet", "segmentation_loss", {"dice": 0.5, "cross_entropy": 0.5}),
+    ],
+)
+def test_setting_one_weight_of_a_loss_leaves_the_others(
+    name: str, part: str, kept: dict[str, float]
+) -> None:
+    config = TrainConfig.model_validate({"model": {"name": name, part: {"border_weight": 10.0}}})
+    loss = getattr(config.model, part)
+    assert loss.border_weight == 10
+    assert {key: getattr(loss, key) for key in kept} == kept
+    default = getattr(TrainConfig.model_validate({"model": {"name": name}}).model, part)
+    assert loss == default.model_copy(update={"border_weight": 10.0})
 
 
 @pytest.mark.parametrize(("name", "outlined"), [("retinanet", False), ("unet", True)])

@@ -147,23 +147,23 @@ def test_ignored_pixels_and_pixels_of_no_weight_change_nothing(name: str) -> Non
     torch.testing.assert_close(loss(name, moved, truth), loss(name, logits, truth))
     weights = (maps != IGNORED).float()
     elsewhere = torch.where(maps == IGNORED, 2, maps)
-    weighted = SegmentationTruth(elsewhere, None, weights)
+    weighted = SegmentationTruth(elsewhere, None, weights - 1)
     torch.testing.assert_close(loss(name, moved, weighted), loss(name, logits, truth))
     # What a pixel weighs is relative in the means: all twice as heavy is the same.
     if name in ("cross_entropy", "focal"):
-        double = SegmentationTruth(elsewhere, None, 2 * weights)
+        double = SegmentationTruth(elsewhere, None, 2 * weights - 1)
         torch.testing.assert_close(loss(name, moved, double), loss(name, logits, truth))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_heavier_pixel_counts_as_much_as_several(name: str) -> None:
     logits, maps = some(ignored=False)
-    weights = torch.ones(maps.shape)
-    weights[:, 0] = 3
+    added = torch.zeros(maps.shape)
+    added[:, 0] = 2
     repeated = torch.cat((logits[:, :, :1], logits[:, :, :1], logits), dim=2)
     several = torch.cat((maps[:, :1], maps[:, :1], maps), dim=1)
     torch.testing.assert_close(
-        loss(name, logits, SegmentationTruth(maps, None, weights)),
+        loss(name, logits, SegmentationTruth(maps, None, added)),
         loss(name, repeated, SegmentationTruth(several)),
     )
 
@@ -224,11 +224,11 @@ def test_a_larger_target_counts_in_its_middle_and_weights_follow() -> None:
     criterion = SegmentationCriterion(UNetConfig(), torch.tensor([1.0, 2.0, 0.5]))
     raw = RawSegmentation(logits, ())
     large = [
-        {"class_map": part, "pixel_weights": weight}
+        {"class_map": part, "added_weights": weight}
         for part, weight in zip(wide, weights, strict=True)
     ]
     tight = [
-        {"class_map": part, "pixel_weights": weight[2:11, 2:9]}
+        {"class_map": part, "added_weights": weight[2:11, 2:9]}
         for part, weight in zip(maps, weights, strict=True)
     ]
     for name, value in criterion(raw, large).items():
@@ -256,10 +256,27 @@ def test_border_weights_by_hand() -> None:
     labels = np.zeros((5, 12), dtype=np.uint8)
     labels[:, 2], labels[:, 6] = 1, 2
     weights = border_weights(labels, 10.0, 5.0)
-    assert weights[2, 2] == weights[2, 6] == 1
+    assert weights[2, 2] == weights[2, 6] == 0
     # Between them: 2 pixels to either. Beyond: 1 to the nearer, 5 to the other.
-    assert weights[2, 4] == pytest.approx(1 + 10 * math.exp(-(4**2) / 50))
-    assert weights[2, 1] == pytest.approx(1 + 10 * math.exp(-(6**2) / 50))
-    assert weights[0, 11] < 1.3
-    assert (border_weights((labels == 1).astype(np.uint8), 10.0, 5.0) == 1).all()
-    assert (border_weights(np.zeros((3, 3), dtype=np.uint8), 10.0, 5.0) == 1).all()
+    assert weights[2, 4] == pytest.approx(10 * math.exp(-(4**2) / 50))
+    assert weights[2, 1] == pytest.approx(10 * math.exp(-(6**2) / 50))
+    assert weights[0, 11] < 0.3
+    assert (border_weights((labels == 1).astype(np.uint8), 10.0, 5.0) == 0).all()
+    assert (border_weights(np.zeros((3, 3), dtype=np.uint8), 10.0, 5.0) == 0).all()
+
+
+def test_what_is_added_to_a_pixel_counts_in_full_whatever_its_class_weighs() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0]).reshape(1, 1, 1, 3)
+    logits = torch.cat((torch.zeros_like(logits), logits), dim=1)
+    maps = torch.tensor([[[0, 0, 1]]])
+    added = torch.tensor([[[10.0, 0.0, 0.0]]])
+    entropy = functional.cross_entropy(logits, maps, reduction="none").flatten().tolist()
+    # U-Net's equation 2: the class's weight, 0.05 or 2, plus what the border adds.
+    weights = [0.05 + 10, 0.05, 2.0]
+    expected = sum(w * e for w, e in zip(weights, entropy, strict=True)) / sum(weights)
+    truth = SegmentationTruth(maps, torch.tensor([0.05, 2.0]), added)
+    assert loss("cross_entropy", logits, truth).item() == pytest.approx(expected)
+    # An overlap knows no class of the background: 1 and what is added.
+    lesion = [11 * 0.5, logits[0, 1, 0, 1].sigmoid().item(), logits[0, 1, 0, 2].sigmoid().item()]
+    dice = (lesion[2] + 0.5) / (lesion[2] + 0.5 * sum(lesion[:2]) + 0.5 * (1 - lesion[2]) + 0.5)
+    assert loss("dice", logits, truth).item() == pytest.approx(1 - dice)

@@ -18,7 +18,12 @@ from medvision.models.postprocess import select_detections
 from medvision.models.pyramid import FeaturePyramid
 from medvision.models.retina_unet_config import RetinaUNetConfig
 from medvision.models.retinanet import Head, InnerWindows, RawDetections, RetinaNet, build_parts
-from medvision.models.segmentation_losses import IGNORED, SegmentationTruth, segmentation_losses
+from medvision.models.segmentation_losses import (
+    IGNORED,
+    SegmentationTruth,
+    added_weights,
+    segmentation_losses,
+)
 
 _PRIOR = 0.01
 
@@ -143,7 +148,7 @@ class SegmentedTarget(Target, total=False):
     """A target that may hold the class of each pixel too."""
 
     class_map: Tensor  # [row, column], integer: 0 background, 1.. classes, 255 ignored
-    pixel_weights: Tensor  # [row, column]; none: all pixels count alike
+    added_weights: Tensor  # [row, column]; for all targets of a batch or none
 
 
 class RetinaUNetCriterion(nn.Module):
@@ -167,8 +172,7 @@ class RetinaUNetCriterion(nn.Module):
         logits, settings = raw.segmentation_logits, self.config.segmentation_loss
         weights = logits.new_ones(logits.shape[1])
         weights[0] = settings.background_weight
-        pixel_weights = _pixel_weights(logits, targets)
-        truth = SegmentationTruth(class_map, weights, pixel_weights)
+        truth = SegmentationTruth(class_map, weights, added_weights(targets))
         parts = segmentation_losses(logits, truth, settings)
         return {**losses, "segmentation": torch.stack(list(parts.values())).sum()}
 
@@ -177,13 +181,6 @@ def _class_map(logits: Tensor, targets: Sequence[SegmentedTarget]) -> Tensor:
     """Return ``[batch, row, column]``; an image without masks is ignored all over."""
     ignored = torch.full(logits.shape[-2:], IGNORED, dtype=torch.uint8, device=logits.device)
     return torch.stack([target.get("class_map", ignored) for target in targets])
-
-
-def _pixel_weights(logits: Tensor, targets: Sequence[SegmentedTarget]) -> Tensor | None:
-    if not any("pixel_weights" in target for target in targets):
-        return None
-    alike = torch.ones(logits.shape[-2:], device=logits.device)
-    return torch.stack([target.get("pixel_weights", alike) for target in targets])
 
 
 @torch.no_grad()

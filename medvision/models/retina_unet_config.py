@@ -10,6 +10,13 @@ from medvision.models.config import RetinaNetConfig
 from medvision.models.unet_config import SegmentationLossConfig
 
 
+class RetinaUNetLossConfig(SegmentationLossConfig):
+    """The losses of a Retina U-Net's segmentation, where there are masks."""
+
+    dice: float = Field(0.5, ge=0, description="weight of the Dice loss")
+    cross_entropy: float = Field(0.5, ge=0, description="weight of the cross-entropy")
+
+
 class RetinaUNetConfig(RetinaNetConfig):
     """The RetinaNet's settings, and those of the segmentation branch at the top of its pyramid."""
 
@@ -20,7 +27,4 @@ class RetinaUNetConfig(RetinaNetConfig):
     segmentation_channels: int = Field(
         32, ge=8, description="channels of the segmentation branch, at strides 2 and 1"
     )
-    segmentation_loss: SegmentationLossConfig = Field(
-        SegmentationLossConfig(dice=0.5, cross_entropy=0.5),
-        description="losses of the segmentation, where there are masks",
-    )
+    segmentation_loss: RetinaUNetLossConfig = RetinaUNetLossConfig()

@@ -7,8 +7,9 @@ classes: a single crop of a rare lesion's class is mostly empty.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -30,13 +31,14 @@ _LEAST = 1e-6
 class SegmentationTruth:
     """The classes of a batch's pixels and what each counts for.
 
-    ``class_map`` ``[batch, row, column]``: 0 background, 1.. classes, 255 ignored. ``pixel_weights`` has its
-    shape, ``class_weights`` is ``[channel]``, background first; None: all count alike.
+    ``class_map`` ``[batch, row, column]``: 0 background, 1.. classes, 255 ignored. ``class_weights`` is
+    ``[channel]``, background first; None: all count alike. ``added_weights`` has the map's shape and is
+    added to them, as in U-Net's equation 2: what a pixel counts for beyond its class.
     """
 
     class_map: Tensor
     class_weights: Tensor | None = None
-    pixel_weights: Tensor | None = None
+    added_weights: Tensor | None = None
 
     @property
     def labels(self) -> Tensor:
@@ -44,10 +46,34 @@ class SegmentationTruth:
         return torch.where(self.class_map == IGNORED, 0, self.class_map).long()
 
     @property
+    def pixel_weights(self) -> Tensor:
+        """What each pixel counts for whatever its class: 0 if ignored, else 1 and what is added."""
+        return self._counted(torch.ones_like(self.class_map, dtype=torch.float32))
+
+    @property
     def weights(self) -> Tensor:
-        """What each pixel counts for: 0 if ignored, else its pixel weight or 1."""
-        counted = self.class_map != IGNORED
-        return counted.float() if self.pixel_weights is None else counted * self.pixel_weights
+        """What each pixel counts for: 0 if ignored, else its class's weight and what is added."""
+        if self.class_weights is None:
+            return self.pixel_weights
+        return self._counted(self.class_weights[self.labels])
+
+    def _counted(self, weights: Tensor) -> Tensor:
+        if self.added_weights is not None:
+            weights = weights + self.added_weights
+        return weights * (self.class_map != IGNORED)
+
+
+class SegmentationTarget(TypedDict):
+    """The truth of one stack: the class of each pixel of its middle slice."""
+
+    class_map: Tensor  # [row, column], integer: 0 background, 1.. classes, 255 ignored
+    added_weights: NotRequired[Tensor]  # [row, column]; for all targets of a batch or none
+
+
+def added_weights(targets: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    """Return ``[batch, row, column]`` what pixels count for beyond their class; None if nothing is added."""
+    given = [target["added_weights"] for target in targets if "added_weights" in target]
+    return torch.stack(given) if given else None
 
 
 def cross_entropy_loss(
@@ -100,7 +126,7 @@ def tversky_index(logits: Tensor, truth: SegmentationTruth, alpha: float, beta: 
     probability = torch.softmax(logits, dim=1)[:, 1:]
     classes = torch.arange(1, logits.shape[1], device=logits.device)
     there = truth.labels[:, None] == classes[:, None, None]  # [batch, class, row, column]
-    weights = truth.weights[:, None]
+    weights = truth.pixel_weights[:, None]
     overlap = (weights * probability * there).sum(dim=(0, 2, 3))
     predicted = (weights * probability).sum(dim=(0, 2, 3))
     true = (weights * there).sum(dim=(0, 2, 3))
@@ -133,10 +159,7 @@ def segmentation_losses(
 
 def _entropy(logits: Tensor, truth: SegmentationTruth) -> tuple[Tensor, Tensor]:
     """Return each pixel's cross-entropy and weight, both ``[batch, row, column]``."""
-    labels, weights = truth.labels, truth.weights
-    if truth.class_weights is not None:
-        weights = weights * truth.class_weights[labels]
-    return functional.cross_entropy(logits, labels, reduction="none"), weights
+    return functional.cross_entropy(logits, truth.labels, reduction="none"), truth.weights
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from medvision.errors import UsageError
 from medvision.models.backbones import build_backbone
 from medvision.models.retinanet import InnerWindows
 from medvision.models.timm_backbone import TIMM_PREFIX
-from medvision.models.unet_blocks import center_crop, convolutions, halving, upsampling
+from medvision.models.unet_blocks import center_crop, convolutions, downsampling, upsampling
 from medvision.models.unet_config import (
     ARCHITECTURE,
     OWN_ENCODER,
@@ -34,11 +34,7 @@ class RawSegmentation(NamedTuple):
 
 
 class FeatureExtractor(Protocol):
-    """Takes ``[batch, channel, row, column]`` to maps, finest first, and says what they are.
-
-    Sides must be multiples of the coarsest stride; map i has ``channels[i]`` channels and is
-    ``strides[i]`` times smaller than the picture. Strides are powers of two.
-    """
+    """What the decoder needs of an encoder; medvision.models.backbone.Backbone says what each means."""
 
     channels: list[int]
     strides: list[int]
@@ -63,7 +59,7 @@ class UNetEncoder(nn.Module):
             for before, after in zip(sources, self.channels, strict=True)
         )
         self.halvings = nn.ModuleList(
-            halving(config.pooling, channels) for channels in self.channels[:-1]
+            downsampling(config.pooling, channels) for channels in self.channels[:-1]
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:

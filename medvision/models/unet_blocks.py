@@ -1,4 +1,4 @@
-"""What a U-Net is built of: pairs of convolutions, halvings, up-samplings."""
+"""What a U-Net is built of: pairs of convolutions, down-samplings, up-samplings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _norm(kind: str, channels: int) -> nn.Module:
     return nn.GroupNorm(math.gcd(_GROUPS, channels), channels)
 
 
-def halving(kind: str, channels: int) -> nn.Module:
+def downsampling(kind: str, channels: int) -> nn.Module:
     """Return what halves rows and columns of ``[batch, channels, row, column]``: max, average or stride."""
     if kind == "max":
         return nn.MaxPool2d(2)

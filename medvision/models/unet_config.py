@@ -9,10 +9,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medvision.errors import InputError
+from medvision.models.choices import BACKBONES
 from medvision.models.pyramid_config import Norm, StageConvolution
 
 OWN_ENCODER = "unet"
-"""Name of the paper's encoder; every other name is one of medvision.models.backbones."""
+"""Name of the paper's encoder; every other name is one of medvision.models.choices.BACKBONES, or timm/NAME."""
 
 ARCHITECTURE = "architecture"
 """Name in a state dict of the settings that the weights were made with: JSON, a byte an element."""
@@ -60,6 +61,15 @@ class SegmentationLossConfig(BaseModel):
         return self
 
 
+class UNetLossConfig(SegmentationLossConfig):
+    """The losses of a U-Net."""
+
+    # Lesions are a pixel in a thousand: at the weight of all, the first 200 steps only learn to say background.
+    background_weight: float = Field(
+        0.05, ge=0, description="weight of background pixels in cross-entropy and focal loss"
+    )
+
+
 class UNetConfig(BaseModel):
     """The network: an encoder, a decoder that doubles the resolution step by step, and skips."""
 
@@ -67,7 +77,9 @@ class UNetConfig(BaseModel):
 
     name: Literal["unet"] = "unet"
     encoder: str = Field(
-        OWN_ENCODER, min_length=1, description="unet: the paper's; else the name of a backbone"
+        OWN_ENCODER,
+        min_length=1,
+        description=f"unet: the paper's; or {', '.join(BACKBONES)}, or timm/NAME (package timm)",
     )
     encoder_norm: Norm = Field(
         "batch", description="norms of a named encoder; frozen and group suit small batches"
@@ -76,9 +88,16 @@ class UNetConfig(BaseModel):
         "plain",
         description="3 x 3 convolutions of the last three stages of a named encoder (ResNets only)",
     )
-    depth: int = Field(4, ge=1, le=7, description="halvings; the coarsest map has stride 2^depth")
+    depth: int = Field(
+        4,
+        ge=1,
+        le=7,
+        description="down-samplings; the coarsest map has stride 2^depth",
+    )
     base_channels: int = Field(
-        16, ge=1, description="channels at full resolution, doubled at every halving; paper: 64"
+        16,
+        ge=1,
+        description="channels at full resolution, doubled at every down-sampling; paper: 64",
     )
     norm: Literal["batch", "instance", "group", "none"] = Field(
         "batch",
@@ -102,8 +121,7 @@ class UNetConfig(BaseModel):
     inner_windows: tuple[tuple[float, float], ...] = Field(
         ((0.0, 0.5),), description="further windows, in shares of the stack's; none: ()"
     )
-    # Lesions are a pixel in a thousand: at the weight of all, the first 200 steps only learn to say background.
-    loss: SegmentationLossConfig = SegmentationLossConfig(background_weight=0.05)
+    loss: UNetLossConfig = UNetLossConfig()
 
     @property
     def strides(self) -> list[int]:

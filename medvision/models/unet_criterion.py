@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from medvision.models.segmentation_losses import SegmentationTruth, segmentation_losses
+from medvision.models.segmentation_losses import (
+    SegmentationTarget,
+    SegmentationTruth,
+    added_weights,
+    segmentation_losses,
+)
 from medvision.models.unet import RawSegmentation
 from medvision.models.unet_blocks import center_crop
 from medvision.models.unet_config import UNetConfig
-
-
-class SegmentationTarget(TypedDict):
-    """The truth of one stack: the class of each pixel of its middle slice."""
-
-    class_map: Tensor  # [row, column], integer: 0 background, 1.. classes, 255 ignored
-    pixel_weights: NotRequired[Tensor]  # [row, column]; for all targets of a batch or none
 
 
 class SegmentationCriterion(nn.Module):
@@ -55,6 +52,6 @@ class SegmentationCriterion(nn.Module):
     ) -> SegmentationTruth:
         size = (raw.logits.shape[-2], raw.logits.shape[-1])
         class_map = torch.stack([target["class_map"] for target in targets])
-        given = [target["pixel_weights"] for target in targets if "pixel_weights" in target]
-        pixel_weights = center_crop(torch.stack(given), size) if given else None
-        return SegmentationTruth(center_crop(class_map, size), self.class_weights, pixel_weights)
+        added = added_weights(targets)
+        cropped = None if added is None else center_crop(added, size)
+        return SegmentationTruth(center_crop(class_map, size), self.class_weights, cropped)

@@ -12,7 +12,7 @@ from medvision.training.cache import CachedCase
 from medvision.training.config import TrainConfig
 from medvision.training.large_lesions import tell_too_large
 from medvision.training.samples import CropSampler, find_training_lesions
-from medvision.training.targets import DrawnTargets
+from medvision.training.targets import OutlineTargets
 
 
 def training_crops(
@@ -28,15 +28,16 @@ def training_crops(
         config.sampling,
         Augmenter(config.augment, config.sampling.crop_size),
         config.seed,
-        drawn_targets(detector.model),
+        outline_targets(detector.model),
     )
 
 
-def drawn_targets(model: ModelConfig) -> DrawnTargets | None:
+def outline_targets(model: ModelConfig) -> OutlineTargets | None:
     """Return what a model that draws outlines is trained from; None for one that draws boxes alone."""
     if isinstance(model, UNetConfig):
-        return DrawnTargets(model.loss.border_weight, model.loss.border_sigma)
+        return OutlineTargets(model.loss.border_weight, model.loss.border_sigma)
     if isinstance(model, RetinaUNetConfig):
         loss = model.segmentation_loss
-        return DrawnTargets(loss.border_weight, loss.border_sigma)
-    return DrawnTargets() if model.name in NEED_MASKS else None
+        return OutlineTargets(loss.border_weight, loss.border_sigma)
+    # Mask R-CNN has a loss inside each region, which knows of no borders.
+    return OutlineTargets(0.0, 1.0) if model.name in NEED_MASKS else None

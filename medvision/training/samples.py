@@ -20,7 +20,7 @@ from medvision.training.cache import CachedCase
 from medvision.training.config import SamplingConfig
 from medvision.training.hard_negatives import HardNegative
 from medvision.training.paste import Cutout, cut_out, paste
-from medvision.training.targets import CropLabel, DrawnTargets, enter_label, make_target
+from medvision.training.targets import CropLabel, OutlineTargets, enter_label, make_target
 
 _MARGIN = 1.25
 """Crops are cut larger and trimmed after rotation, so that corners hold scan and not padding."""
@@ -74,16 +74,16 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         sampling: SamplingConfig,
         augmenter: Augmenter,
         seed: int,
-        drawn: DrawnTargets | None = None,
+        outlines: OutlineTargets | None = None,
     ) -> None:
-        """Draw from ``lesions`` of ``cases``; with ``drawn`` targets have outlines and class maps too."""
+        """Draw from ``lesions`` of ``cases``; with ``outlines`` targets have outlines and class maps too."""
         self.cases = cases
         self.lesions = lesions
         self.stack = stack
         self.sampling = sampling
         self.augmenter = augmenter
         self.seed = seed
-        self.drawn = drawn
+        self.outlines = outlines
         self.hard_negatives: list[HardNegative] = []
         self._weights = lesion_weights(lesions, sampling.class_balance)
         self._present = [labels_by_plane(case.labels) for case in cases]
@@ -108,7 +108,7 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         self._paste(stack, labels, table, case.limits[1] - case.limits[0], generator)
         image = apply_window(stack, case.limits)
         moved, moved_labels = self.augmenter(image, labels, int(generator.integers(2**31)))
-        target = make_target(moved_labels, table, self.sampling.least_visible, self.drawn)
+        target = make_target(moved_labels, table, self.sampling.least_visible, self.outlines)
         return Sample(torch.from_numpy(moved), target, case.case_id)
 
     def _cut_out_all(self) -> list[Cutout]:

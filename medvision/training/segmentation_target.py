@@ -35,20 +35,20 @@ def make_class_map(labels: NDArray[np.integer], classes: Sequence[int | None]) -
 def border_weights(
     labels: NDArray[np.integer], strength: float, sigma: float
 ) -> NDArray[np.float32]:
-    """Return weights ``[row, column]`` that are 1, and higher on background between close lesions.
+    """Return what is added to the weights ``[row, column]`` of background between close lesions.
 
-    Ronneberger et al. 2015, equation 2 without its class term: 1 + strength *
+    Ronneberger et al. 2015, equation 2 without its class term: strength *
     exp(-(d1 + d2)^2 / (2 sigma^2)), d1 and d2 the distances in pixels to the two nearest lesions; 10 and 5
-    in the paper. So a network learns to keep lesions apart that nearly touch.
+    in the paper. So a network learns to keep lesions apart that nearly touch. 0 elsewhere.
     """
     from scipy.ndimage import distance_transform_edt
 
-    weights = np.ones(labels.shape, dtype=np.float32)
+    weights = np.zeros(labels.shape, dtype=np.float32)
     numbers = np.unique(labels[labels > 0])
     if len(numbers) < 2:
         return weights
     distances = np.stack([distance_transform_edt(labels != number) for number in numbers])
     both = np.partition(distances, 1, axis=0)[:2].sum(axis=0)
     added = strength * np.exp(-(both**2) / (2 * sigma**2))
-    weights[labels == 0] += added[labels == 0].astype(np.float32)
+    weights[labels == 0] = added[labels == 0]
     return weights

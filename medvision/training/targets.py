@@ -58,11 +58,11 @@ def _visible(
     return float((labels == value).sum()) / max(1, entry.area)
 
 
-class DrawnTargets(NamedTuple):
-    """What models that draw outlines are trained from: see SegmentationLossConfig."""
+class OutlineTargets(NamedTuple):
+    """Asks for outlines and class maps, and weighs borders as these two of SegmentationLossConfig say."""
 
-    border_weight: float = 0.0
-    border_sigma: float = 5.0
+    border_weight: float
+    border_sigma: float
 
 
 class TrainingTarget(Target, total=False):
@@ -70,19 +70,19 @@ class TrainingTarget(Target, total=False):
 
     masks: Tensor  # [n, row, column] bool, one for each box
     class_map: Tensor  # [row, column], 0 background, 1.. classes, 255 ignored
-    pixel_weights: Tensor  # [row, column], where the losses of a segmentation weight borders
+    added_weights: Tensor  # [row, column], where the losses of a segmentation weigh borders
 
 
 def make_target(
     labels: NDArray[np.uint8],
     table: list[CropLabel],
     least_visible: float,
-    drawn: DrawnTargets | None = None,
+    outlines: OutlineTargets | None = None,
 ) -> TrainingTarget:
     """Return the target of an augmented crop ``labels[row, column]``; value n is ``table[n - 1]``.
 
     Lesions of which less than the share ``least_visible`` is in the crop are to be ignored. With
-    ``drawn`` the target has ``masks`` and ``class_map`` too, and ``pixel_weights`` if borders have a weight.
+    ``outlines`` the target has ``masks`` and ``class_map`` too, and ``added_weights`` if borders have a weight.
     """
     boxes, classes, values, ignored = [], [], [], []
     meant: list[int | None] = [None] * len(table)
@@ -101,11 +101,11 @@ def make_target(
         "labels": torch.tensor(classes, dtype=torch.long),
         "ignored": torch.tensor(ignored, dtype=torch.float32).reshape(-1, 4),
     }
-    if drawn is not None:
-        outlines = labels[None] == np.array(values, dtype=np.uint8)[:, None, None]
-        target["masks"] = torch.from_numpy(outlines)
+    if outlines is not None:
+        drawn = labels[None] == np.array(values, dtype=np.uint8)[:, None, None]
+        target["masks"] = torch.from_numpy(drawn)
         target["class_map"] = torch.from_numpy(make_class_map(labels, meant))
-        if drawn.border_weight > 0:
-            weights = border_weights(labels, drawn.border_weight, drawn.border_sigma)
-            target["pixel_weights"] = torch.from_numpy(weights)
+        if outlines.border_weight > 0:
+            weights = border_weights(labels, outlines.border_weight, outlines.border_sigma)
+            target["added_weights"] = torch.from_numpy(weights)
     return target
