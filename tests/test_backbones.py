@@ -235,3 +235,9 @@ def test_folded_weights_see_minus_one_to_one() -> None:
 
 def respond(images: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.conv2d(images, weight, stride=2, padding=3)
+
+
+def test_a_norm_that_is_not_there_cannot_be_changed() -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(UsageError, match="convnext_atto has no batch norm that could be frozen"):
+        build_backbone("timm/convnext_atto", 3, norm="frozen")

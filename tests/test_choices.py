@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from medvision.models import choices
@@ -94,6 +95,20 @@ def test_every_name_stands_for_something_that_takes_what_it_is_given(
     names = inspect.signature(found).parameters
     assert len(names) == ARGUMENTS[setting]
     assert getattr(RetinaNetConfig.model_validate({setting: name}), setting) == name
+
+
+@pytest.mark.parametrize("name", ["resnet18-narrow", "resnet18", "resnet50"])
+@pytest.mark.parametrize("pooling", [False, True])
+def test_a_backbone_is_what_it_says(name: str, pooling: bool) -> None:
+    backbone = find_choice(choices.BACKBONES, name)(name, 4, pooling).eval()
+    maps = backbone(torch.rand(1, 4, 64, 96))
+    assert [one.shape[1] for one in maps] == backbone.channels
+    sizes = [(64 // stride, 96 // stride) for stride in backbone.strides]
+    assert [tuple(one.shape[2:]) for one in maps] == sizes
+    first = backbone.get_submodule(backbone.first_convolution)
+    assert first.in_channels == 4
+    assert isinstance(backbone.get_submodule(backbone.first_norm), torch.nn.BatchNorm2d)
+    assert all(len(list(backbone.get_submodule(stage))) > 1 for stage in backbone.stage_names)
 
 
 @pytest.mark.parametrize("setting", ["lesion_loss", "box_loss", "matcher"])

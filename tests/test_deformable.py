@@ -264,7 +264,6 @@ def test_onnx_gives_equal_outputs_for_any_size(tmp_path: Path, modulated: bool) 
         torch.testing.assert_close(compute(maps), layer(maps).detach(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_elsewhere_than_on_the_cpu_torchvisions_operators_compute(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -294,6 +293,7 @@ def test_elsewhere_than_on_the_cpu_torchvisions_operators_compute(
     assert len(calls) == 2
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_torchscript_gives_equal_outputs() -> None:
     torch.manual_seed(0)
     layer = DeformConv2d(4, 6, 3, padding=1).eval()

@@ -251,11 +251,13 @@ def test_a_two_stage_graph_with_one_level_finds_what_the_network_does() -> None:
     torch.testing.assert_close(boxes[:count], expected["boxes"], atol=1e-3, rtol=1e-4)
 
 
-def family_run(folder: Path, name: str, **changes: dict[str, Any]) -> Path:
+def family_run(folder: Path, name: str, **changes: Any) -> Path:
     """Write a run of a model whose outputs are not all alike; ``changes`` go into its parts."""
     folder.mkdir()
     torch.manual_seed(0)
-    parts = {**FAMILY[name], **{k: {**FAMILY[name].get(k, {}), **v} for k, v in changes.items()}}
+    parts = dict(FAMILY[name])
+    for key, value in changes.items():
+        parts[key] = {**parts.get(key, {}), **value} if isinstance(value, dict) else value
     config = CONFIG.model_copy(update={"model": MODEL_CONFIGS[name](**parts)})
     network = build_model(config.model, 3, 2)
     spread_out(network)
@@ -303,6 +305,21 @@ def test_a_trace_that_fails_on_another_size_is_refused(tmp_path: Path) -> None:
 def test_deformable_pooling_is_exported_to_torchscript(tmp_path: Path) -> None:
     run = family_run(tmp_path / "run", "faster-rcnn", regions={"pooling": "deformable"})
     done = export_run(run, format="torchscript")
+    assert done.model.check.largest_difference <= TOLERANCE
+    assert len(done.model.check.sizes) == 2
+
+
+@pytest.mark.parametrize("kind", ["torchscript", pytest.param("onnx", marks=needs_onnx)])
+def test_a_unet_on_a_deformable_resnet_is_exported(tmp_path: Path, kind: str) -> None:
+    run = family_run(
+        tmp_path / "run",
+        "unet",
+        encoder="resnet18",
+        encoder_norm="frozen",
+        encoder_convolution="deformable",
+        depth=4,
+    )
+    done = export_run(run, format=kind)
     assert done.model.check.largest_difference <= TOLERANCE
     assert len(done.model.check.sizes) == 2
 

@@ -283,8 +283,13 @@ def test_the_encoder_of_a_unet_takes_the_norms_and_convolutions_of_a_backbone(
     assert kinds == {name: type(part) for name, part in expected.named_modules()}
     raw = network(torch.rand(2, 3, 45, 61))
     assert raw.logits.shape == (2, 3, 45, 61)
-    raw.logits.sum().backward()
+    raw.logits.square().sum().backward()
+    first = network.encoder.get_parameter("conv1.weight")  # type: ignore[attr-defined]
+    assert first.grad.abs().sum() > 0
     assert must_learn(config)
+    assert must_learn(config.model_copy(update={"encoder_convolution": "plain"})) == (
+        norm == "group"
+    )
 
 
 def test_a_deformable_encoder_of_a_unet_starts_from_published_weights(

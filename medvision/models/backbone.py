@@ -11,9 +11,11 @@ from medvision.models.pyramid_config import STEM_STRIDE
 class Backbone(nn.Module):
     """Takes ``[batch, channel, row, column]`` to maps, finest first; the attributes say what they are.
 
-    Map i has ``channels[i]`` channels and is ``strides[i]`` times smaller than the picture. What pretrained
-    weights and changed convolutions need to know are the names of parts: ``first_convolution``,
-    ``first_norm`` right after it ("": none) and ``stage_names``, from fine to coarse (none: cannot be changed).
+    Sides must be multiples of the coarsest stride; map i has ``channels[i]`` channels and is ``strides[i]``
+    times smaller than the picture. Strides are powers of two. What pretrained weights and changed
+    convolutions need to know are the names of parts: ``first_convolution``, ``first_norm`` right after it
+    ("": none) and ``stage_names``, from fine to coarse, whose 3 x 3 ``nn.Conv2d`` can be replaced (none:
+    they cannot). Norms that can be frozen or become group norms are ``nn.BatchNorm2d``.
     """
 
     channels: list[int]

@@ -1,4 +1,4 @@
-"""Every backbone by its name: ResNet-18 to -152, the narrow ResNet of the default, any timm model."""
+"""Every backbone by its name, with the norms and the convolutions that the settings ask for."""
 
 from __future__ import annotations
 
@@ -84,16 +84,21 @@ def build_backbone(
 
 def _adapt(backbone: Backbone, name: str, norm: Norm, stage_convolution: StageConvolution) -> None:
     """Convert the norms and the 3 x 3 convolutions of the last three stages in place."""
+    if norm != "batch" and not any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules()):
+        raise UsageError(
+            f"{name} has no batch norm that could be {norm}.",
+            do="Leave the norm at batch: the network keeps its own.",
+        )
     if norm == "frozen":
         _open_blocks(backbone)
     convert_norms(backbone, norm)
     if stage_convolution != "plain":
-        if not backbone.stage_names:
+        changed = deform_stages(backbone, stage_convolution, backbone.stage_names[1:])
+        if not changed:
             raise UsageError(
                 f"The convolutions of {name} cannot be changed.",
                 do="Choose a ResNet, or plain convolutions.",
             )
-        deform_stages(backbone, stage_convolution, backbone.stage_names[1:])
 
 
 def expected_input(name: str) -> tuple[Colours, Colours]:

@@ -1,7 +1,7 @@
 """What settings choose by name, and where it is written; read without torch.
 
-A new backbone, loss or matcher is a file of its own and a line here: settings, their schema, the messages that
-list the names, and training follow.
+A new backbone, or a new loss or matcher of RetinaNet and Retina U-Net, is a file of its own and a line here:
+settings, their schema, the messages that list the names, and training follow.
 """
 
 from __future__ import annotations

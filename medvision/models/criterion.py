@@ -34,6 +34,9 @@ class Criterion(nn.Module):
     def __init__(self, config: RetinaNetConfig, class_weights: Tensor) -> None:
         super().__init__()
         self.config = config
+        self._match = find_choice(MATCHERS, config.matcher)
+        self._lesion_loss = find_choice(LESION_LOSSES, config.lesion_loss)
+        self._box_loss = find_choice(BOX_LOSSES, config.box_loss)
         self.register_buffer("class_weights", class_weights)
         self.class_weights: Tensor
 
@@ -43,9 +46,9 @@ class Criterion(nn.Module):
         A batch without any lesion is divided by 1, its box and class losses are zero.
         """
         flat = torch.cat(raw.anchors)
-        matches, match = [], find_choice(MATCHERS, self.config.matcher)
+        matches = []
         for target in targets:
-            matched = match(raw.anchors, target["boxes"], self.config)
+            matched = self._match(raw.anchors, target["boxes"], self.config)
             matches.append(ignore_inside(flat, matched, target["ignored"]))
         matched = torch.stack(matches)
         positive = matched > BACKGROUND
@@ -54,8 +57,8 @@ class Criterion(nn.Module):
         placed = _placed(raw, flat, positive, boxes)
         overlap = paired_iou(placed.predicted.detach(), boxes)
         judged = Judged(raw.lesion_logits, positive, matched != IGNORED, overlap)
-        lesion = find_choice(LESION_LOSSES, self.config.lesion_loss)(judged, self.config)
-        box = find_choice(BOX_LOSSES, self.config.box_loss)(placed, self.config)
+        lesion = self._lesion_loss(judged, self.config)
+        box = self._box_loss(placed, self.config)
         category = class_loss(raw.class_logits[positive], labels, self.class_weights)
         return {
             "lesion": lesion / count,

@@ -178,7 +178,7 @@ def deform_stages(
     kind: str = "deformable",
     stages: tuple[str, ...] = LAST_THREE_STAGES,
 ) -> list[str]:
-    """Replace the 3 x 3 convolutions of a torchvision ResNet's ``stages`` in place; return their names.
+    """Replace the 3 x 3 convolutions of a network's ``stages`` in place; return their names.
 
     ``kind`` is "deformable" (v2), "deformable-v1", or "dilated": the same weights, two pixels apart, which
     the others must beat. Weights are kept, so a deformable network begins with its former output.

@@ -1,4 +1,4 @@
-"""Any model of the package timm that gives its inner maps, as a backbone."""
+"""Models of the package timm that give their inner maps, for any image size, as backbones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMM_PREFIX = "timm/"
 
 
 class TimmFeatures(Backbone):
-    """Any model of the timm package that gives its inner maps (``features_only``), finest first.
+    """A model of the timm package that gives its inner maps (``features_only``), finest first.
 
     Maps of a stride seen before replace it: one map for each stride, the deepest.
     """

@@ -83,7 +83,7 @@ def check_weights(name: str | None, weights: str | None) -> None:
     elif name == NARROW and not path.is_file():
         raise UsageError(
             f"There are no published weights of {NARROW}; got {weights!r}.",
-            do="Choose a published backbone, such as --set model.backbone=resnet18, or give a file.",
+            do="Choose a published backbone, such as resnet18, or give a file.",
         )
 
 
