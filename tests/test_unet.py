@@ -324,7 +324,7 @@ def test_every_loss_overfits_one_batch(loss: dict[str, float]) -> None:
     criterion = SegmentationCriterion(config, torch.ones(2))
     images, targets = batch()
     optimizer = torch.optim.Adam(network.parameters(), 0.02)
-    for _ in range(70):
+    for _ in range(150):
         raw = network(images)
         losses = criterion(raw, targets)
         assert set(losses) == set(loss)
