@@ -78,8 +78,11 @@ _NO_MEMORY = ("can't allocate memory", "failed to allocate memory", "bad_alloc",
 def ran_out_of_memory(error: BaseException) -> bool:
     """Tell whether memory ran out: Python's, torch's on a GPU or a CPU, or ONNX Runtime's.
 
-    torch's class is known by its name: importing torch to compare types would take seconds.
+    torch's class is known by its name: importing torch to compare types would take seconds. An error of
+    our own is what it says it is: the text of a decoder in it, or a file's name, must not make it another.
     """
+    if isinstance(error, MedvisionError):
+        return False
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()

@@ -177,6 +177,14 @@ def test_exhaustion_stops_the_batch_and_keeps_what_is_done(scans, tmp_path, erro
     assert len(made["cases"]) == 1
 
 
+def test_a_scan_that_is_refused_with_a_decoders_words_on_memory_stops_nothing(scans, tmp_path):
+    refused = InputError(
+        "The pixels cannot be decoded.", why="std::bad_alloc", where="bad_alloc.dcm"
+    )
+    summary = run(scans, tmp_path / "out", FakePredictor(fail={"b": refused}))
+    assert statuses(summary) == {"a": "done", "b": "failed", "c": "done"}
+
+
 def test_a_signal_stops_after_the_scan_at_work_and_the_same_call_goes_on(scans, tmp_path):
     predictor = FakePredictor()
     with pytest.raises(Interrupted) as caught:

@@ -537,3 +537,17 @@ def test_a_graph_that_runs_out_of_memory_is_not_called_wrong(
     with pytest.raises(RuntimeError, match="can't allocate") as caught:
         write(module, ["maps"], images, tmp_path / "graph.pt")(images)
     assert caught.value is raised
+
+
+@needs_onnx
+def test_a_file_that_memory_does_not_hold_is_not_called_damaged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import onnxruntime
+
+    def exhausted(*given: Any) -> None:
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 9")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", exhausted)
+    with pytest.raises(RuntimeError, match="allocate"):
+        OnnxSession(tmp_path / "model.onnx")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medvision.detector import DetectorConfig, with_score_thresh
 from medvision.device import Device
-from medvision.errors import InputError, UsageError
+from medvision.errors import InputError, UsageError, ran_out_of_memory
 from medvision.export.files import ENGINE_PACKAGES, INPUT_NAME, find_exported, require_packages
 from medvision.export.outputs import KINDS, GraphOutputs
 from medvision.models.anchors import level_anchors
@@ -57,6 +57,8 @@ class OnnxSession:
         try:
             self._session = onnxruntime.InferenceSession(str(file), options, providers)
         except Exception as error:  # its exceptions share no base class
+            if ran_out_of_memory(error):
+                raise
             raise InputError(
                 "ONNX Runtime cannot load the file.",
                 where=file,
