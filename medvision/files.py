@@ -35,9 +35,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed process left half written in ``folder``; nobody else may be writing there."""
+    """Remove the files that a killed process left half written in ``folder``; nobody else may write there."""
     for path in folder.glob(f"{PARTIAL}*"):
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
