@@ -64,6 +64,17 @@ def test_no_place_leaves_the_stack_alone(cutout: Cutout) -> None:
     assert paste(small, np.zeros((20, 20), bool), cutout, OFFSETS, 1400, 8, generator) is None
 
 
+@pytest.mark.parametrize(
+    ("value", "like"), [(-1000, False), (-960, False), (-880, True), (-820, True), (-740, False)]
+)
+def test_lung_nodules_go_into_lung_and_not_into_gas(
+    cutout: Cutout, value: float, like: bool
+) -> None:
+    stack, occupied = lung(value)
+    mask = paste(stack, occupied, cutout, OFFSETS, 1400, 8, np.random.default_rng(0))
+    assert (mask is not None) == like
+
+
 def test_a_vessel_is_not_covered(cutout: Cutout) -> None:
     stack, occupied = lung()
     stack[:, ::6] = 0.0
