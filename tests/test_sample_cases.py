@@ -15,6 +15,7 @@ from medvision.labels.annotation import Annotation
 from medvision.sample.cases import MadeCase, lung_window, make_test_case, make_train_case
 from medvision.sample.config import SampleConfig, load_config
 from medvision.sample.donors import Plan
+from medvision.sample.elsewhere import candidates, choose_elsewhere
 from medvision.sample.lidc import Contour, Nodule, Outline
 from medvision.sample.lungs import Chest, find_lung, make_chest, read_axial, read_chest
 from medvision.sample.scene import Scene, find_place
@@ -101,30 +102,60 @@ def test_training_case_is_a_piece_of_the_ct_in_its_place(
     assert 0 < changed.mean() < 0.2
 
 
-def test_a_case_from_elsewhere_shows_body_and_nothing_of_the_test_lung(
+def small_windows(config: SampleConfig) -> SampleConfig:
+    train = config.train.model_copy(update={"size": (8, 40, 60), "min_lung_fraction": 0.1})
+    return config.model_copy(update={"train": train})
+
+
+def test_a_case_from_elsewhere_is_the_ct_in_its_place(chest: Chest, config: SampleConfig) -> None:
+    config = small_windows(config)
+    place = choose_elsewhere(chest, config, 3)[2]
+    case = make_train_case(chest, replace(plan(), elsewhere=True), 0, config, FAR, place)
+    low = chest.volume.patient_to_index(case.volume.index_to_patient([0, 0, 0]))
+    np.testing.assert_allclose(low, place.lower, atol=1e-3)
+    assert case.annotations == ()
+    assert case.donated == ()
+    assert (case.volume.array == base_of(chest, case)).mean() > 0.8  # but for decoys
+
+
+def test_places_elsewhere_show_body_and_nothing_of_the_test_lung(
     chest: Chest, config: SampleConfig
 ) -> None:
-    train = config.train.model_copy(update={"size": (8, 40, 60), "min_lung_fraction": 0.1})
-    config = config.model_copy(update={"train": train})
+    config = small_windows(config)
     test = lung_window(chest, config.test.margin)
-    starts = set()
-    for index in range(12):
-        elsewhere = replace(plan(), elsewhere=True)
-        case = make_train_case(chest, elsewhere, index, config, FAR)
-        low = np.rint(chest.volume.patient_to_index(case.volume.index_to_patient([0, 0, 0])))
-        box = Box(*low.astype(int).tolist(), *(low.astype(int) + train.size).tolist())
-        assert case.annotations == ()
-        assert case.donated == ()
+    for box in choose_elsewhere(chest, config, 12):
+        assert (box.upper - box.lower == config.train.size).all()
+        assert (box.lower >= 0).all()
+        assert (box.upper <= SHAPE).all()
         assert (np.minimum(box.upper, test.upper) <= np.maximum(box.lower, test.lower)).any()
-        assert chest.right.mask[box.slices].mean() < 0.1
-        starts.add(tuple(low))
-    assert len(starts) > 6
+        assert chest.right.mask[box.slices].mean() < 0.12
+        assert (chest.volume.array[box.slices] > -300).mean() > 0.45
+
+
+def test_together_they_show_more_of_the_body_than_the_same_number_drawn(
+    chest: Chest, config: SampleConfig
+) -> None:
+    config = small_windows(config)
+    chosen = choose_elsewhere(chest, config, 6)
+    assert choose_elsewhere(chest, config, 6) == chosen
+    assert choose_elsewhere(chest, config, 4) == chosen[:4]
+    assert choose_elsewhere(chest, config, 0) == []
+    body = chest.volume.array > -300
+    drawn = candidates(chest, config)
+    shares = []
+    for boxes in (chosen, *(drawn[n : n + 6] for n in range(0, 60, 6))):
+        seen = np.zeros_like(body)
+        for box in boxes:
+            seen[box.slices] = True
+        shares.append((seen & body).sum())
+    assert shares[0] > 1.2 * np.mean(shares[1:])
+    assert shares[0] >= max(shares[1:])
 
 
 def test_no_body_outside_the_test_lung_is_refused(chest: Chest, config: SampleConfig) -> None:
     empty = replace(chest, volume=replace(chest.volume, array=np.full(SHAPE, -1000, np.int16)))
     with pytest.raises(InputError, match="lies in the body"):
-        make_train_case(empty, replace(plan(), elsewhere=True), 0, config, FAR)
+        choose_elsewhere(empty, config, 1)
 
 
 def test_labels_lie_on_what_was_put_in(chest: Chest, case: MadeCase) -> None:

@@ -24,9 +24,6 @@ from medvision.scans.volume import ScanSource, Volume
 _TRAIN_PURPOSE = 2
 _TEST_PURPOSE = 3
 _WINDOW_ATTEMPTS = 20
-_ELSEWHERE_ATTEMPTS = 10000
-_BODY_HU = -300
-"""What is above it is body: neither air, nor lung, nor the table's foam."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +61,21 @@ Placed = tuple[Donated, Window, NDArray[np.bool_]]
 
 
 def make_train_case(
-    chest: Chest, plan: Plan, index: int, config: SampleConfig, own: Annotation
+    chest: Chest,
+    plan: Plan,
+    index: int,
+    config: SampleConfig,
+    own: Annotation,
+    place: Box | None = None,
 ) -> MadeCase:
-    """Make training sub-volume number ``index``; InputError if there is no room.
+    """Make training sub-volume number ``index``, at ``place`` or somewhere in the training lung.
 
     ``own`` is the CT's own nodule in the CT's grid: what of it comes into view is to be ignored.
+    InputError if there is no room.
     """
     rng = np.random.default_rng([config.seed, _TRAIN_PURPOSE, index])
-    draw_box = draw_elsewhere if plan.elsewhere else draw_window
     for _ in range(_WINDOW_ATTEMPTS):
-        box = draw_box(chest, config, rng)
+        box = place or draw_window(chest, config, rng)
         case = _make(chest, chest.right, box, plan, config, rng, config.train.decoys, own)
         if case is not None:
             return case
@@ -143,25 +145,6 @@ def draw_window(chest: Chest, config: SampleConfig, rng: np.random.Generator) ->
         if lung.mask[box.slices].mean() >= config.train.min_lung_fraction:
             return box
     raise InputError("No sub-volume of the training size holds enough lung.")
-
-
-def draw_elsewhere(chest: Chest, config: SampleConfig, rng: np.random.Generator) -> Box:
-    """Draw a sub-volume of the body with less lung than the others, and nothing of what test shows.
-
-    A detector that has seen lung alone takes stool in the colon for a nodule.
-    """
-    size = np.array(config.train.size)
-    high = np.maximum(np.array(chest.volume.shape) - size, 0)
-    test = lung_window(chest, config.test.margin)
-    for _ in range(_ELSEWHERE_ATTEMPTS):
-        start = rng.integers(0, high + 1)
-        box = Box(*start.tolist(), *(start + size).tolist())
-        apart = ((box.upper <= test.lower) | (box.lower >= test.upper)).any()
-        if not apart or chest.right.mask[box.slices].mean() >= config.train.min_lung_fraction:
-            continue
-        if (chest.volume.array[box.slices] > _BODY_HU).mean() >= config.train.min_body_fraction:
-            return box
-    raise InputError("No sub-volume of the training size lies in the body outside the test lung.")
 
 
 def lung_window(chest: Chest, margin: Sequence[int]) -> Box:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 
 from medvision.errors import InputError
 
-RECIPE = 2
+RECIPE = 3
 """Number of the way samples are made; raised by every change of code that changes a voxel."""
 
 

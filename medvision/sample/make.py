@@ -21,6 +21,7 @@ from medvision.sample import parts
 from medvision.sample.cases import MadeCase, make_test_case, make_train_case
 from medvision.sample.config import SampleConfig, load_config
 from medvision.sample.donors import Plan, plan_cases
+from medvision.sample.elsewhere import choose_elsewhere
 from medvision.sample.fetch import default_cache, extract, fetch_wheels
 from medvision.sample.lidc import Nodule, read_nodules, read_scan_row
 from medvision.sample.lungs import Chest, read_chest
@@ -160,8 +161,13 @@ def made_cases(
     """Return the planned training and test cases, each made when it is asked for."""
     chest = sources.chest
     own = agreed_nodule(sources.own_nodule, chest.volume, readers=1)
+    numbers = [i for i, plan in enumerate(train) if plan.elsewhere]
+    places = dict(zip(numbers, choose_elsewhere(chest, config, len(numbers)), strict=True))
     return (
-        (make_train_case(chest, plan, i, config, own) for i, plan in enumerate(train)),
+        (
+            make_train_case(chest, plan, i, config, own, places.get(i))
+            for i, plan in enumerate(train)
+        ),
         (make_test_case(chest, plan, i, config, own) for i, plan in enumerate(test)),
     )
 
