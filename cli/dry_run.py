@@ -41,7 +41,8 @@ def _network_lines(found: DryRun) -> dict[str, str]:
     frozen = found.parameters - found.trained_parameters
     lines = {
         "parameters": f"{found.parameters:,}{f', {frozen:,} of them frozen' if frozen else ''}",
-        "strides": ", ".join(str(level.stride) for level in found.levels) + " pixels",
+        "transfer": found.transfer,
+        "strides": ", ".join(str(stride) for stride in found.strides) + " pixels",
     }
     for number, level in enumerate(found.levels, start=1):
         lines[f"level {number}"] = _level(level)

@@ -29,6 +29,7 @@ EPILOG = epilog(
     "medvision train data/train -o runs/nodules --set sampling.crop_size=128",
     "medvision train data/train -o runs/nodules --resume",
     "medvision train data/train -o runs/nodules --dry-run",
+    "medvision train --schema > settings.schema.json",
 )
 
 
@@ -61,6 +62,17 @@ DEFAULTS = {
     "seed": "0",
     "device": "auto",
 }
+
+
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        import json
+
+        from medvision.training.config import TrainConfig
+        from medvision.training.settings_help import settings_schema
+
+        print(json.dumps(settings_schema(TrainConfig), indent=2, allow_nan=False))
+        raise typer.Exit
 
 
 def train(
@@ -137,6 +149,15 @@ def train(
             "--dry-run",
             help="Only say what the run would be: settings and their sources, data, network, "
             "time and memory. RUN is left as it is.",
+        ),
+    ] = False,
+    schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema",
+            is_eager=True,
+            callback=_print_schema,
+            help="Print the JSON Schema of a settings file, and end; DATA and RUN are not needed.",
         ),
     ] = False,
     json: Json = False,

@@ -25,7 +25,7 @@ from medvision.sample_data.phantoms import write_phantom_dataset
 from medvision.training import recall
 from medvision.training.config import TrainConfig, make_train_config
 from medvision.training.cost import slices_looked_at
-from medvision.training.dry_run import FITTED, PERCENTILES, DryRun, dry_run, lesion_sides
+from medvision.training.dry_run import BY_MODEL, FITTED, PERCENTILES, DryRun, dry_run, lesion_sides
 from medvision.training.prepare import prepare_data
 from medvision.training.receptive_field import receptive_fields
 from medvision.training.train import train
@@ -174,9 +174,9 @@ def test_a_run_looks_at_as_many_slices_as_it_said(
 
 
 def test_a_time_limit_cuts_the_steps(data: Path) -> None:
-    cost = dry_run(data, small(max_minutes=0.05, steps=100_000)).cost
-    assert 0 < cost.steps_in_time < 100_000
-    assert cost.seconds_in_all <= 3.0 + cost.seconds_preparing + cost.seconds_per_step
+    cost = dry_run(data, small(max_minutes=0.5, steps=1_000_000)).cost
+    assert 0 < cost.steps_in_time < 1_000_000
+    assert cost.seconds_in_all <= 30.0 + cost.seconds_preparing + cost.seconds_per_step
 
 
 @pytest.mark.parametrize("name", ["mask-rcnn", "retina-unet", "unet"])
@@ -187,7 +187,12 @@ def test_every_model_has_a_dry_run(name: str, data: Path) -> None:
     found = dry_run(data, small(model=changes))
     assert len(found.levels) == 3
     assert [level.stride for level in found.levels] == ([1, 2, 4] if name == "unet" else [4, 8, 16])
+    assert list(found.strides) == ([1, 2, 4, 8] if name == "unet" else [4, 8, 16])
     assert found.cost.seconds_per_step > 0
+    sources = {item.name: item.source for item in found.settings}
+    # A U-Net looks in one size though nobody said so.
+    assert sources["predict.scales"] == (BY_MODEL if name == "unet" else "default")
+    assert sources["predict.flips"] == "default"
 
 
 def test_nothing_is_left_behind(
@@ -230,6 +235,7 @@ def test_the_command_prints_everything_and_writes_nothing(
     for text in ("Settings", "Data", "Network", "Cost", "--steps", "--set", FITTED, "default"):
         assert text in page
     assert "50 %:" in page
+    assert "transfer    scratch" in page
     assert "MiB" in page
     assert not run.exists()
     assert main([*words, "--json"]) == 0
@@ -266,6 +272,9 @@ def test_what_learns_after_the_warm_up_is_not_called_frozen(data: Path, tmp_path
     settings = {"model": model, "weights": str(file), "sampling": {"crop_size": 64}}
     learning = dry_run(data, small(**settings, transfer="finetune"))
     assert learning.trained_parameters == learning.parameters
+    assert learning.transfer.startswith("finetune")
     frozen = dry_run(data, small(**settings, transfer="frozen"))
+    assert frozen.transfer.startswith("frozen")
+    assert file.name in frozen.transfer
     backbone = sum(value.numel() for value in build_backbone("resnet18", 6).parameters())
     assert frozen.parameters - frozen.trained_parameters == backbone

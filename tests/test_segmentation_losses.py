@@ -14,10 +14,11 @@ from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
 from medvision.errors import InputError
+from medvision.models.choices import SEGMENTATION_LOSSES, find_choice
 from medvision.models.segmentation_losses import (
     IGNORED,
-    LOSSES,
     SegmentationTruth,
+    focal_loss,
     segmentation_losses,
     tversky_index,
 )
@@ -27,7 +28,7 @@ from medvision.models.unet_criterion import SegmentationCriterion
 from medvision.training import segmentation_target
 from medvision.training.segmentation_target import border_weights, make_class_map
 
-NAMES = sorted(LOSSES)
+NAMES = sorted(SEGMENTATION_LOSSES)
 DEFAULT = SegmentationLossConfig()
 
 
@@ -41,7 +42,7 @@ def some(classes: int = 3, ignored: bool = True) -> tuple[Tensor, Tensor]:
 
 
 def loss(name: str, logits: Tensor, truth: SegmentationTruth) -> Tensor:
-    return LOSSES[name](logits, truth, DEFAULT)
+    return find_choice(SEGMENTATION_LOSSES, name)(logits, truth, DEFAULT)
 
 
 def test_the_names_are_those_of_the_settings() -> None:
@@ -70,7 +71,7 @@ def test_focal_loss_of_two_classes_equals_torchvisions() -> None:
 def test_focal_loss_with_gamma_0_is_cross_entropy() -> None:
     logits, maps = some()
     truth = SegmentationTruth(maps, torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    found = LOSSES["focal"](logits, truth, SegmentationLossConfig(focal_gamma=0))
+    found = focal_loss(logits, truth, SegmentationLossConfig(focal_gamma=0))
     torch.testing.assert_close(found, loss("cross_entropy", logits, truth))
 
 

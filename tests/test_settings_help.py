@@ -113,7 +113,10 @@ def test_an_unknown_setting_of_a_model_is_refused_with_the_nearest() -> None:
     assert refused.value.do == "Did you mean model.pyramid_channels?"
     with pytest.raises(UsageError) as refused:
         make_train_config({"model": {"name": "unet", "pyramid_channels": 8}}, "test")
-    assert refused.value.do == "Leave it out: model unet has no such setting, others have."
+    assert refused.value.do == (
+        "It is a setting of retinanet, faster-rcnn, mask-rcnn, retina-unet, not of unet: "
+        "leave it out, or take another model."
+    )
     with pytest.raises(UsageError) as refused:
         make_train_config({"model": {"name": "mask-rcnn", "mask": {"dept": 8}}}, "test")
     assert refused.value.what == "There is no setting 'model.mask.dept'."
@@ -207,10 +210,10 @@ def test_an_option_may_give_what_a_setting_in_the_file_asks_for(tmp_path: Path) 
 def test_a_model_given_as_a_word_is_refused_in_words(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("model: unet\n")
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=r"must be a table, such as \{name: unet\}; got 'unet'"):
         resolve_config(file, [], {})
     with pytest.raises(UsageError, match="must be a table"):
         resolve_config(file, ["model.width=16"], {})
     file.write_text("model:\n")
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=r"must be a table, such as \{name: unet\}; got None"):
         resolve_config(file, [], {})

@@ -78,10 +78,13 @@ def test_checkpoints_and_parallel_names_are_understood(
 
 
 @pytest.mark.parametrize("name", ["resnet18-narrow", "resnet18"])
-def test_backbone_of_a_medvision_run_is_taken_as_it_is(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["", "network."], ids=["best", "state"])
+def test_backbone_of_a_medvision_run_is_taken_as_it_is(
+    name: str, place: str, tmp_path: Path
+) -> None:
     trained, fresh = build_backbone(name, 3), build_backbone(name, 3)
-    run = {f"backbone.{key}": value for key, value in trained.state_dict().items()}
-    run["pyramid.lateral.0.weight"] = torch.ones(1)
+    run = {f"{place}backbone.{key}": value for key, value in trained.state_dict().items()}
+    run[f"{place}pyramid.lateral.0.weight"] = torch.ones(1)
     load_pretrained(fresh, name, str(saved(run, tmp_path / "best.safetensors")))
     for key, value in trained.state_dict().items():
         assert torch.equal(fresh.state_dict()[key], value), key

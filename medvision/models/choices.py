@@ -39,6 +39,15 @@ BOX_LOSSES = {
     "diou": "medvision.models.box_losses:diou",
     "smooth-l1": "medvision.models.box_losses:smooth_l1",
 }
+# logits [batch, channel, row, column], segmentation_losses.SegmentationTruth, settings -> loss. A setting of
+# this name, in SegmentationLossConfig, is its weight.
+SEGMENTATION_LOSSES = {
+    "dice": "medvision.models.segmentation_losses:dice_loss",
+    "cross_entropy": "medvision.models.segmentation_losses:cross_entropy_loss",
+    "focal": "medvision.models.segmentation_losses:focal_loss",
+    "tversky": "medvision.models.segmentation_losses:tversky_loss",
+    "focal_tversky": "medvision.models.segmentation_losses:focal_tversky_loss",
+}
 # anchors of each level, boxes [n, 4], settings -> for each anchor the index of its box, or a code
 MATCHERS = {
     "atss": "medvision.models.matcher:by_atss",

@@ -17,7 +17,7 @@ MatcherName = Annotated[str, OneOf(MATCHERS)]
 class RetinaNetConfig(PyramidConfig):
     """The network: a backbone, a feature pyramid and one head on all its levels."""
 
-    name: Literal["retinanet", "retina-unet"] = "retinanet"
+    name: Literal["retinanet"] = "retinanet"
     head_depth: int = Field(2, ge=1, description="3 x 3 convolutions before each output")
     lesion_loss: LesionLoss = Field("focal", description="loss of the lesion score, on all anchors")
     focal_alpha: float = Field(0.25, gt=0, lt=1, description="weight of lesions in the focal loss")

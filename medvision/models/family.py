@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from medvision.models.backbones import make_backbone
 from medvision.models.criterion import Criterion, Target
 from medvision.models.family_config import ModelConfig
 from medvision.models.faster_rcnn import FasterRCNN, FasterRCNNCriterion, build_faster_rcnn
@@ -16,6 +17,7 @@ from medvision.models.mask_head import MaskDetections
 from medvision.models.retina_unet import RetinaUNetCriterion, build_retina_unet, select_with_masks
 from medvision.models.retinanet import build_retinanet
 from medvision.models.unet import UNet, build_unet
+from medvision.models.unet_config import UNetConfig
 from medvision.models.unet_criterion import SegmentationCriterion
 from medvision.models.views import fuse_views, mirror_detections
 
@@ -52,6 +54,18 @@ NEED_MASKS = frozenset({"mask-rcnn", "retina-unet", "unet"})
 def build_model(config: ModelConfig, n_slices: int, classes: int) -> nn.Module:
     """Assemble the network that ``config`` describes; what is fitted to data must have been fitted."""
     return BUILDERS[config.name](config, n_slices, classes)
+
+
+def check_backbone(config: ModelConfig, n_slices: int) -> None:
+    """Refuse a backbone that the rest of the model cannot use; what is fitted to data need not be there.
+
+    Nothing is allocated. UsageError.
+    """
+    with torch.device("meta"):
+        if isinstance(config, UNetConfig):
+            build_unet(config, n_slices, 1)
+        else:
+            make_backbone(config, n_slices)
 
 
 def build_criterion(config: ModelConfig, class_weights: Tensor) -> nn.Module:

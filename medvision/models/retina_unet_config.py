@@ -20,7 +20,8 @@ class RetinaUNetLossConfig(SegmentationLossConfig):
 class RetinaUNetConfig(RetinaNetConfig):
     """The RetinaNet's settings, and those of the segmentation branch at the top of its pyramid."""
 
-    name: Literal["retina-unet"] = "retina-unet"
+    # Not the parent's name besides its own: the settings' JSON Schema must know the two apart.
+    name: Literal["retina-unet"] = "retina-unet"  # type: ignore[assignment]
     segmentation_stride: Literal[1, 2] = Field(
         2, description="stride of the finest segmentation map; it is enlarged to the image's size"
     )

@@ -7,7 +7,7 @@ classes: a single crop of a rare lesion's class is mostly empty.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from medvision.models.choices import SEGMENTATION_LOSSES, find_choice
 from medvision.models.unet_config import SegmentationLossConfig
 
 IGNORED = 255
@@ -134,25 +135,13 @@ def tversky_index(logits: Tensor, truth: SegmentationTruth, alpha: float, beta: 
     return (overlap + _SMOOTH) / (overlap + wrong + _SMOOTH)
 
 
-Loss = Callable[[Tensor, SegmentationTruth, SegmentationLossConfig], Tensor]
-
-LOSSES: dict[str, Loss] = {
-    "dice": dice_loss,
-    "cross_entropy": cross_entropy_loss,
-    "focal": focal_loss,
-    "tversky": tversky_loss,
-    "focal_tversky": focal_tversky_loss,
-}
-"""By the name of the weight in :class:`SegmentationLossConfig`."""
-
-
 def segmentation_losses(
     logits: Tensor, truth: SegmentationTruth, settings: SegmentationLossConfig
 ) -> dict[str, Tensor]:
     """Return the losses in use, each times its weight; their sum is what to minimise."""
     logits = logits.float()
     return {
-        name: weight * LOSSES[name](logits, truth, settings)
+        name: weight * find_choice(SEGMENTATION_LOSSES, name)(logits, truth, settings)
         for name, weight in settings.weights.items()
     }
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from medvision.errors import InputError
-from medvision.models.choices import BACKBONES
+from medvision.models.choices import BACKBONES, SEGMENTATION_LOSSES
 from medvision.models.pyramid_config import Norm, StageConvolution
 
 OWN_ENCODER = "unet"
@@ -51,8 +51,8 @@ class SegmentationLossConfig(BaseModel):
     @property
     def weights(self) -> dict[str, float]:
         """The losses in use and their weights."""
-        names = ("dice", "cross_entropy", "focal", "tversky", "focal_tversky")
-        return {name: getattr(self, name) for name in names if getattr(self, name) > 0}
+        weights = {name: float(getattr(self, name)) for name in SEGMENTATION_LOSSES}
+        return {name: weight for name, weight in weights.items() if weight > 0}
 
     @model_validator(mode="after")
     def _some_loss(self) -> SegmentationLossConfig:
@@ -110,7 +110,9 @@ class UNetConfig(BaseModel):
         "transposed", description="transposed 2 x 2 convolution, or interpolation and 1 x 1"
     )
     padding: Literal["same", "valid"] = Field(
-        "same", description="same: output as large as the input; valid: the paper's 572 -> 388"
+        "same",
+        description="same: output as large as the input; valid: the paper's 572 -> 388, for the "
+        "network by itself: medvision train refuses it",
     )
     pooling: Literal["max", "average", "stride"] = Field(
         "max", description="how the encoder halves; stride: a 2 x 2 convolution"

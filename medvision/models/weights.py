@@ -93,7 +93,7 @@ def find_pretrained(name: str, weights: str) -> Pretrained:
     if path.is_file() or path.suffix in _FILES or len(path.parts) > 1:
         tensors = read_weights(path)
         # A medvision run has learnt from images in -1..1; published weights from normalised ones.
-        own = any(key.startswith(_OWN_PARTS) for key in tensors)
+        own = any(key.removeprefix("network.").startswith(_OWN_PARTS) for key in tensors)
         mean, std = PLAIN_INPUT if own else expected_input(name)
         return Pretrained(tensors, f"{path.name}, SHA-256 {sha256_of(path)}", mean, std)
     if name.startswith(TIMM_PREFIX):
@@ -264,5 +264,5 @@ def _not_downloaded(name: str, place: str, error: Exception) -> UsageError:
         where=place,
         why=_first_line(error),
         do="Connect to the network, fetch the file elsewhere and pass --weights FILE, "
-        "or train with --transfer scratch.",
+        "or train without --weights.",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -18,11 +18,11 @@ from pydantic import (
 from medvision.errors import UsageError
 from medvision.findings.config import PredictConfig
 from medvision.models.config import RetinaNetConfig
-from medvision.models.family_config import ModelConfig, backbone_name, must_learn
+from medvision.models.family_config import ModelConfig, backbone_name, has_frozen_norm, must_learn
 from medvision.models.unet_config import UNetConfig
 from medvision.stacks.augment import AugmentConfig
 from medvision.stacks.config import StackConfig
-from medvision.training.settings_help import unknown_in_file
+from medvision.training.settings_help import dotted_name, unknown_in_file
 from medvision.training.transfer import Transfer
 
 CONFIG_FILE = "config.json"
@@ -91,6 +91,11 @@ class TrainConfig(BaseModel):
         le=1,
         description="share of the steps so far over which the weights that are kept are averaged",
     )
+    class_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {},
+        description="weight of each class in the loss, 1 for one not named; if none is named, by the "
+        "inverse root of the number of lesions. Not in Retina U-Net's segmentation",
+    )
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of patients held out")
     validations: int = Field(2, ge=1, description="times the held-out scans are looked at")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of everything that is drawn")
@@ -156,6 +161,11 @@ class TrainConfig(BaseModel):
                 "convolutions other than plain change it, so that it must learn: set transfer to "
                 "finetune"
             )
+        if self.weights is None and has_frozen_norm(self.model):
+            raise ValueError(
+                "frozen norms keep the statistics of pretrained weights, and there are none: set weights "
+                "to imagenet or a file, or the norms to batch or group"
+            )
         if self.weights is not None and backbone_name(self.model) is None:
             raise ValueError(
                 "weights need a named backbone: set model.encoder to one, such as resnet18"
@@ -196,7 +206,7 @@ def _refusal(error: Any) -> tuple[str, str | None]:
     if error["type"] == "extra_forbidden":
         key, remedy = unknown_in_file(error["loc"], TrainConfig)
         return f"There is no setting {key!r}.", remedy
-    name = ".".join(str(part) for part in error["loc"])
+    name = dotted_name(error["loc"], TrainConfig)
     if error["type"] == "value_error" and isinstance(error.get("input"), dict):
         # A check of several settings together: its sentence names them; all of them would be too much.
         of = f" in {name!r}" if name else ""

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from medvision.detector import DetectorConfig
 from medvision.device import choose_device
-from medvision.models.family_config import backbone_name
-from medvision.models.weights import check_weights
+from medvision.models.unet_config import UNetConfig
 from medvision.progress import ProgressCallback, StopCallback, ignore_progress, never_stop
 from medvision.training.cache import CachedCase
 from medvision.training.config import TrainConfig
@@ -21,11 +20,12 @@ from medvision.training.cost import Cost, measure_cost
 from medvision.training.loop import Trainer
 from medvision.training.prepare import TrainingData, count_lesions, fit_detector, prepare_data
 from medvision.training.receptive_field import receptive_fields
-from medvision.training.settings_help import Setting, flat_settings, list_settings
-from medvision.training.train import make_trainer
+from medvision.training.settings_help import DEFAULT, Setting, flat_settings, list_settings
+from medvision.training.train import check_before_reading, make_trainer
 
 PERCENTILES = (5, 25, 50, 75, 95)
 FITTED = "fitted to the data"
+BY_MODEL = "follows from the model"
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class DryRun:
     sizes: LesionSizes
     parameters: int
     trained_parameters: int
+    strides: tuple[int, ...]
+    transfer: str
     levels: tuple[PyramidLevel, ...]
     cost: Cost
     device: str
@@ -91,7 +93,7 @@ def dry_run(
     with tempfile.TemporaryDirectory(prefix="medvision-dry-run-") as folder:
         started = monotonic()
         device = choose_device(config.device, config.precision)
-        check_weights(backbone_name(config.model), config.weights)
+        check_before_reading(config)
         cases, pixel_mm = prepare_data(data, Path(folder), config, on_progress)
         prepared = monotonic() - started
         detector = fit_detector(cases, config, pixel_mm)
@@ -112,6 +114,8 @@ def dry_run(
             sizes=_percentiles(sizes, detector.pixel_mm),
             parameters=sum(value.numel() for value in trainer.network.parameters()),
             trained_parameters=_trained(trainer),
+            strides=tuple(detector.model.strides),
+            transfer=trainer.plan.why,
             levels=levels,
             cost=cost,
             device=device.name,
@@ -122,12 +126,20 @@ def _resolved(
     config: TrainConfig, detector: DetectorConfig, sources: dict[str, str]
 ) -> tuple[Setting, ...]:
     """Return the settings as the run would use them, with what was fitted in place of what was open."""
+    # A U-Net draws no boxes to fuse: it looks in one size, whoever set nothing.
+    by_model = {"predict.scales"} if isinstance(config.model, UNetConfig) else set()
     fitted = config.model_copy(update={"stack": detector.stack, "model": detector.model})
     before = dict(flat_settings(config))
     return tuple(
-        item._replace(source=FITTED) if before.get(item.name) != item.value else item
+        item._replace(source=_source(item, before, by_model))
         for item in list_settings(fitted, sources)
     )
+
+
+def _source(item: Setting, before: dict[str, object], by_model: set[str]) -> str:
+    if before.get(item.name) != item.value:
+        return FITTED
+    return BY_MODEL if item.name in by_model and item.source == DEFAULT else item.source
 
 
 def lesion_sides(cases: list[CachedCase]) -> NDArray[np.float64]:

@@ -18,6 +18,15 @@ _NEAR = 0.6
 _MUCH_LESS = 0.15
 """A name so much less alike than the best is not offered beside it."""
 
+_UNET_NAMES = {
+    "backbone": "encoder",
+    "norm": "encoder_norm",
+    "stage_convolution": "encoder_convolution",
+    "segmentation_loss": "loss",
+}
+"""What the U-Net calls otherwise than the models on a pyramid."""
+_COUNTERPARTS = {**_UNET_NAMES, **{unet: other for other, unet in _UNET_NAMES.items()}}
+
 
 class Setting(NamedTuple):
     """One setting as a run will use it: its dotted name, its value, and where that came from."""
@@ -77,51 +86,95 @@ def suggestion(key: str, names: Iterable[str]) -> str:
     return f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(known)}."
 
 
+class _Choice(NamedTuple):
+    """A part that may be one of several models: its dotted name, the tag that was chosen, and all models."""
+
+    part: str
+    tag: str
+    models: list[type[BaseModel]]
+
+    def tags_with(self, key: str) -> list[str]:
+        """Return the tags of the models that have ``key``, a setting or a table of them."""
+        named = {_tag_of(one): setting_names(one, f"{self.part}.") for one in self.models}
+        return [tag for tag, names in named.items() if key in {*names, *_tables(names)}]
+
+
 def unknown_in_file(location: Iterable[object], model: type[BaseModel]) -> tuple[str, str]:
     """Return the dotted name of a setting that a file has and ``model`` does not know, and what to do.
 
     ``location`` is pydantic's path to it. Names of whole parts are offered too.
     """
-    parts, kind, here = _without_tags([str(part) for part in location], model)
+    parts, choice, here = _without_tags([str(part) for part in location], model)
     key = ".".join(parts)
     everywhere = setting_names(model)
-    if kind and key in everywhere:
-        return key, f"Leave it out: {parts[0]} {kind} has no such setting, others have."
+    having = choice.tags_with(key) if choice else []
+    if choice and having and choice.tag not in having:
+        return key, _of_others(key, choice, having, here)
     if key in everywhere:  # a dotted name written as one key
         return key, f"In a file, parts are tables: write {_as_table(key)}."
     inside = [f"{'.'.join(parts[:-1])}.{name}" for one in here for name in setting_names(one)]
-    known = [*inside, *everywhere] if not kind else inside
-    tables = {name.rpartition(".")[0] for name in known if "." in name}
-    return key, suggestion(key, {*known, *tables})
+    known = [*inside, *everywhere] if choice is None else inside
+    return key, suggestion(key, {*known, *_tables(known)})
+
+
+def dotted_name(location: Iterable[object], model: type[BaseModel]) -> str:
+    """Return the dotted name of the setting or part at pydantic's path ``location``, empty for the whole."""
+    path = [str(part) for part in location]
+    if not path:
+        return ""
+    parts, _, here = _without_tags(path, model)
+    # The path to a part that may be one of several models ends in the tag of the one that was chosen.
+    chosen = any(_tag_of(one) == parts[-1] for one in here if parts[-1] not in one.model_fields)
+    return ".".join(parts[:-1] if chosen else parts)
+
+
+def _of_others(key: str, choice: _Choice, having: list[str], here: list[type[BaseModel]]) -> str:
+    """Return what to do about a setting that the models of the tags ``having`` know, but not the chosen."""
+    of = f"It is a setting of {', '.join(having)}"
+    other_name = _COUNTERPARTS.get(_last(key))
+    if any(other_name in one.model_fields for one in here):
+        return f"{of}; {choice.tag} calls it {choice.part}.{other_name}."
+    return f"{of}, not of {choice.tag}: leave it out, or take another {choice.part}."
+
+
+def _tables(names: Iterable[str]) -> set[str]:
+    """Return the names of the parts that hold the settings ``names``."""
+    return {name.rpartition(".")[0] for name in names if "." in name}
 
 
 def _without_tags(
     location: list[str], model: type[BaseModel]
-) -> tuple[list[str], str, list[type[BaseModel]]]:
-    """Return the dotted name's parts, which kind of part it is in, and the models that are there.
+) -> tuple[list[str], _Choice | None, list[type[BaseModel]]]:
+    """Return the dotted name's parts, the choice between models it is in, and the models that are there.
 
     Where a part may be one of several models, pydantic's path has the tag of the one that was chosen: no
-    dotted name has it. Without such a part the kind is empty.
+    dotted name has it. Without such a part there is no choice.
     """
-    parts, kind, here = [], "", [model]
+    parts, choice, here = [], None, [model]
     for part in location[:-1]:
         fields = [one.model_fields[part] for one in here if part in one.model_fields]
         if fields:
             parts.append(part)
             here = [found for field in fields for found in _models_in(field.annotation)]
         else:
-            kind = part
+            choice = _Choice(".".join(parts), part, here)
             here = [one for one in here if _tag_of(one) == part] or here
-    return [*parts, location[-1]], kind, here if parts else []
+    return [*parts, location[-1]], choice, here if parts else []
 
 
 def _tag_of(model: type[BaseModel]) -> str:
+    """Return how pydantic's paths name a model that a part may be: by its name, or else by its class."""
     field = model.model_fields.get("name")
-    return "" if field is None else str(field.default)
+    return model.__name__ if field is None else str(field.default)
 
 
 def settings_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the JSON Schema (draft 2020-12) of a YAML or JSON file of settings, for editors to check."""
+    """Return the JSON Schema (draft 2020-12) of a YAML or JSON file of settings, for editors to check.
+
+    It knows every name, and the type and limits of each value. It passes what only a check in code
+    refuses, such as values that do not fit each other. It refuses a number or a truth value written as
+    text, which a run would read.
+    """
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **model.model_json_schema(),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,13 @@ from medvision.detector import (
 from medvision.device import Device, choose_device
 from medvision.errors import InputError, UsageError
 from medvision.files import atomic_write_text, remove_partial
-from medvision.models.family import ENCODERS, OUTPUTS, build_criterion, build_model
+from medvision.models.family import (
+    ENCODERS,
+    OUTPUTS,
+    build_criterion,
+    build_model,
+    check_backbone,
+)
 from medvision.models.family_config import backbone_name, must_learn
 from medvision.models.weights import check_weights, load_pretrained
 from medvision.progress import ProgressCallback, StopCallback, ignore_progress, never_stop
@@ -144,7 +152,7 @@ def _train(
 ) -> TrainSummary:
     device = choose_device(config.device, config.precision)
     if not state.step:
-        check_weights(backbone_name(config.model), config.weights)
+        check_before_reading(config)
     if state.step:
         detector = load_detector_config(run)
         fitted = config.model_copy(update={"stack": detector.stack})
@@ -176,6 +184,12 @@ def _train(
         device=device.name,
         transfer=trainer.plan.why,
     )
+
+
+def check_before_reading(config: TrainConfig) -> None:
+    """Refuse before any scan is read what the backbone cannot be. UsageError."""
+    check_weights(backbone_name(config.model), config.weights)
+    check_backbone(config.model, config.stack.n_slices)
 
 
 def _check_same_split(run: Path, cases: TrainingData) -> None:
@@ -233,7 +247,7 @@ def make_trainer(
     counts = count_lesions(cases.training)
     plan = _transfer(network, config, counts, resumed)
     network = network.to(device.torch_device).to(memory_format=torch.channels_last)
-    weights = _class_weights([counts.get(name, 1) for name in detector.class_names])
+    weights = _class_weights(config, detector.class_names, counts)
     groups = parameter_groups(network, plan, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
     return Trainer(
@@ -265,7 +279,22 @@ def _transfer(
     return plan_transfer(network, mode, why, encoder=(encoder,), outputs=OUTPUTS[config.model.name])
 
 
-def _class_weights(counts: list[int]) -> torch.Tensor:
-    """Return loss weights by the inverse root of the counts, mean 1: half way to equal classes."""
-    weights = np.maximum(np.array(counts, dtype=float), 1) ** -0.5
+def _class_weights(
+    config: TrainConfig, class_names: Sequence[str], counts: Mapping[str, int]
+) -> torch.Tensor:
+    """Return the loss weights that the settings name, else the inverse roots of the counts, mean 1.
+
+    The root is half way to equal classes. UsageError for a class that the data do not have.
+    """
+    given = config.class_weights
+    for name in given:
+        if name not in class_names:
+            near = difflib.get_close_matches(name, class_names, 1) or class_names
+            raise UsageError(
+                f"Setting 'class_weights' names a class that no lesion has: {name!r}.",
+                do=f"Name {' or '.join(near)}.",
+            )
+    if given:
+        return torch.tensor([given.get(name, 1.0) for name in class_names])
+    weights = np.array([max(counts.get(name, 1), 1) for name in class_names]) ** -0.5
     return torch.tensor(weights / weights.mean(), dtype=torch.float32)
