@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,9 @@ class CachedCase:
     """One training scan at the network's pixel size.
 
     ``array`` and ``labels`` are ``[slice, row, column]``; ``labels`` holds 0 or an annotation's label.
-    ``classes`` names each label's class, ``ignored`` are labels that count neither way.
+    ``classes`` names each label's class, ``ignored`` are labels that count neither way. ``boxed`` has the
+    box, in voxel edges of this grid, of each label whose outline is not known: what ``labels`` holds of it
+    is an ellipsoid, which serves to find its box on a slice and is no outline to learn.
     """
 
     case_id: str
@@ -52,6 +54,7 @@ class CachedCase:
     limits: tuple[float, float]
     classes: dict[int, str]
     ignored: frozenset[int]
+    boxed: dict[int, Box] = field(default_factory=dict)
 
     @property
     def volume(self) -> Volume:
@@ -72,6 +75,14 @@ class CachedCase:
             for label, where in enumerate(find_objects(labels), start=1)
             if where is not None
         )
+
+    def boxes_near(self, plane: int, reach: int) -> list[Box]:
+        """Return the boxes of ``boxed`` that are on slice ``plane`` or at most ``reach`` slices from it."""
+        return [
+            box
+            for box in self.boxed.values()
+            if box.slice_min - reach <= plane < box.slice_max + reach
+        ]
 
     def slice_boxes(self) -> Iterator[SliceLesion]:
         """Yield the box of every lesion that counts, on every slice it is on."""
@@ -96,6 +107,7 @@ def cache_case(
         shape = inplane_shape(loaded.volume.shape, loaded.volume.spacing_mm, pixel_mm)
         labels = _resize_labels(labels, shape[1:])
     case = loaded.case
+    ratio = np.array(volume.shape) / np.array(loaded.volume.shape)
     return CachedCase(
         case_id=case.case_id,
         patient_id=case.patient_id,
@@ -106,6 +118,9 @@ def cache_case(
         limits=window_limits(volume.array, window_hu),
         classes={item.label: item.class_name for item in loaded.annotations},
         ignored=frozenset(item.label for item in loaded.annotations if item.ignore),
+        boxed={
+            item.label: _scaled(item, ratio) for item in loaded.annotations if item.mask is None
+        },
     )
 
 
@@ -125,6 +140,13 @@ def label_array(
         mask = ellipsoid_in_box(item.box, region.shape) if item.mask is None else item.mask
         region[mask] = item.label
     return labels
+
+
+def _scaled(item: Annotation, ratio: NDArray[np.float64]) -> Box:
+    """Return the box in a grid of ``ratio`` times the voxels, grown to whole voxels of its own before."""
+    low = np.array([axis.start for axis in item.box.slices]) * ratio
+    high = np.array([axis.stop for axis in item.box.slices]) * ratio
+    return Box(*low.tolist(), *high.tolist())
 
 
 def _size(item: Annotation) -> float:

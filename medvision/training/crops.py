@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from medvision.detector import DetectorConfig
 from medvision.models.family import NEED_MASKS
 from medvision.models.family_config import ModelConfig
@@ -11,15 +13,25 @@ from medvision.stacks.augment import Augmenter
 from medvision.training.cache import CachedCase
 from medvision.training.config import TrainConfig
 from medvision.training.large_lesions import tell_too_large
-from medvision.training.samples import CropSampler, find_training_lesions
+from medvision.training.samples import CropSampler, Lesion, find_training_lesions
 from medvision.training.targets import OutlineTargets
+
+logger = logging.getLogger(__name__)
 
 
 def training_crops(
     cases: list[CachedCase], detector: DetectorConfig, config: TrainConfig
 ) -> CropSampler:
-    """Return the crops that ``detector`` is trained on; says which lesions are too large for any."""
+    """Return the crops that ``detector`` is trained on; says which lesions are too large for any.
+
+    A model that draws outlines learns them from lesions with an outline alone; says how many have none.
+    """
     lesions = find_training_lesions(cases, detector.class_names)
+    if detector.model.name in NEED_MASKS:
+        tell_without_outline(lesions, cases, detector)
+    if isinstance(detector.model, UNetConfig):
+        # Of the others a U-Net can learn nothing: crops of them would be spent in vain.
+        lesions = [lesion for lesion in lesions if _has_outline(lesion, cases)]
     tell_too_large(lesions, cases, config)
     return CropSampler(
         cases,
@@ -30,6 +42,33 @@ def training_crops(
         config.seed,
         outline_targets(detector.model),
     )
+
+
+def tell_without_outline(
+    lesions: list[Lesion], cases: list[CachedCase], detector: DetectorConfig
+) -> None:
+    """Log how many lesions are known by their boxes alone, what becomes of them, and what would help."""
+    without = [lesion for lesion in lesions if not _has_outline(lesion, cases)]
+    if not without:
+        return
+    known = {lesion.class_index for lesion in lesions if _has_outline(lesion, cases)}
+    unknown = [name for index, name in enumerate(detector.class_names) if index not in known]
+    use = "their boxes are learned, and outlines from the others alone"
+    if isinstance(detector.model, UNetConfig):
+        use = "they are left out, as U-Net learns from outlines alone"
+    logger.warning(
+        "%d of %d lesions have a box and no outline: %s. They count neither as lesion nor as background in "
+        "the outlines.%s The first is in %s. Put a label volume for each such scan into labels/ to use them.",
+        len(without),
+        len(lesions),
+        use,
+        f" Of class {', '.join(unknown)} no lesion has an outline." if unknown else "",
+        cases[without[0].case].case_id,
+    )
+
+
+def _has_outline(lesion: Lesion, cases: list[CachedCase]) -> bool:
+    return lesion.label not in cases[lesion.case].boxed
 
 
 def outline_targets(model: ModelConfig) -> OutlineTargets | None:

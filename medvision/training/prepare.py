@@ -16,9 +16,10 @@ from medvision.detector import DetectorConfig
 from medvision.errors import InputError, MedvisionError
 from medvision.geometry import spacing_of
 from medvision.models.anchors import AnchorSizes, fit_anchor_sizes, shape_iou
+from medvision.models.family import NEED_MASKS
 from medvision.models.family_config import ModelConfig
 from medvision.models.roi_levels import fit_level_rule
-from medvision.models.two_stage_config import TwoStageConfig
+from medvision.models.two_stage_config import MaskRCNNConfig, TwoStageConfig
 from medvision.models.unet_config import UNetConfig
 from medvision.progress import Progress, ProgressCallback
 from medvision.stacks.config import StackConfig
@@ -45,7 +46,7 @@ def prepare_data(
     """Read, resample and cache all cases of ``data``; return them split, and the pixel size in mm.
 
     One bad case never stops the rest: it is left out and named. Raises InputError if no case or no
-    lesion is left.
+    lesion is left, or no lesion has an outline and the model draws outlines.
     """
     dataset = find_cases(data)
     left_out = [(name, "no label file: unlabelled, not healthy") for name in dataset.unlabelled]
@@ -72,7 +73,34 @@ def prepare_data(
             why=_first_reason(left_out),
             do="Check that labels/ holds a label volume for each scan, with values above 0 on lesions.",
         )
+    _check_outlines(training, classes, config.model, data)
     return TrainingData(training, validation, classes, tuple(left_out)), pixel_mm
+
+
+def _check_outlines(
+    training: list[CachedCase], classes: tuple[str, ...], model: ModelConfig, data: Path
+) -> None:
+    """Refuse lesions without outlines for a model that draws them: what nobody taught would look like truth."""
+    if model.name not in NEED_MASKS:
+        return
+    outlined = count_lesions(training, outlined=True)
+    if not outlined:
+        boxed = "faster-rcnn" if isinstance(model, MaskRCNNConfig) else "retinanet"
+        raise InputError(
+            f"Model {model.name} learns to draw outlines and needs at least one lesion with an outline; "
+            f"all {sum(count_lesions(training).values())} in the {len(training)} training scans have a box "
+            "alone.",
+            where=data,
+            do=f"Put label volumes into labels/, or train --model {boxed}, which learns from boxes.",
+        )
+    missing = [name for name in classes if name not in outlined]
+    if missing and isinstance(model, MaskRCNNConfig) and model.mask.per_class:
+        raise InputError(
+            "With model.mask.per_class each class needs a lesion with an outline; of "
+            f"{', '.join(missing)} all have a box alone.",
+            where=data,
+            do="Set model.mask.per_class=false, or put label volumes of these lesions into labels/.",
+        )
 
 
 def _first_reason(left_out: list[tuple[str, str]]) -> str | None:
@@ -118,13 +146,14 @@ def _class_names(cases: list[CachedCase]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def count_lesions(cases: list[CachedCase]) -> dict[str, int]:
-    """Return the number of lesions of each class that count."""
+def count_lesions(cases: list[CachedCase], *, outlined: bool = False) -> dict[str, int]:
+    """Return the number of lesions of each class that count; if ``outlined``, of those with an outline."""
     return dict(
         Counter(
             item.classes[label]
             for item in cases
             for label in sorted(set(item.classes) - item.ignored)
+            if not (outlined and label in item.boxed)
         )
     )
 

@@ -20,7 +20,13 @@ from medvision.training.cache import CachedCase
 from medvision.training.config import SamplingConfig
 from medvision.training.hard_negatives import HardNegative
 from medvision.training.paste import Cutout, cut_out, paste
-from medvision.training.targets import CropLabel, OutlineTargets, enter_label, make_target
+from medvision.training.targets import (
+    CropLabel,
+    OutlineTargets,
+    enter_label,
+    make_target,
+    unsure_region,
+)
 
 _MARGIN = 1.25
 """Crops are cut larger and trimmed after rotation, so that corners hold scan and not padding."""
@@ -105,10 +111,20 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         pixels = crop_padded(case.array[window], top, left, size, case.limits[0])
         stack = slice_stack(pixels, plane - window.start, offsets)
         labels, table = self._label_crop(number, plane, top, left)
-        self._paste(stack, labels, table, case.limits[1] - case.limits[0], generator)
+        unsure = unsure_region(
+            case.boxes_near(plane, self.sampling.ignore_slices), top, left, self._size
+        )
+        unsure |= self._paste(stack, labels, table, case.limits[1] - case.limits[0], generator)
         image = apply_window(stack, case.limits)
-        moved, moved_labels = self.augmenter(image, labels, int(generator.integers(2**31)))
-        target = make_target(moved_labels, table, self.sampling.least_visible, self.outlines)
+        seed = int(generator.integers(2**31))
+        moved, moved_labels = self.augmenter(image, labels, seed)
+        moved_unsure = None
+        if self.outlines is not None and unsure.any():
+            # The same seed moves it as the labels, which have no value left for it.
+            moved_unsure = self.augmenter(image[:1], unsure.astype(np.uint8), seed)[1] > 0
+        target = make_target(
+            moved_labels, table, self.sampling.least_visible, self.outlines, moved_unsure
+        )
         return Sample(torch.from_numpy(moved), target, case.case_id)
 
     def _cut_out_all(self) -> list[Cutout]:
@@ -169,7 +185,7 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         lesion ends.
         """
         reach = self.sampling.ignore_slices
-        labels = self.cases[number].labels
+        labels, boxed = self.cases[number].labels, self.cases[number].boxed
         size = (self._size, self._size)
         crop = np.zeros(size, dtype=np.uint8)
         table: list[CropLabel] = []
@@ -178,13 +194,15 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
             faint = self._present[number].get(z, set()) - here
             cut = crop_padded(labels[z], top, left, size, 0) if faint else crop
             for label in sorted(faint):
-                enter_label(crop, table, cut == label, CropLabel(None))
+                entry = CropLabel(None, outlined=label not in boxed)
+                enter_label(crop, table, cut == label, entry)
         cut = crop_padded(labels[plane], top, left, size, 0) if here else crop
         for label in sorted(here):
             mask = cut == label
             area = int((labels[plane] == label).sum())
             index = self._class_of.get((number, label))
-            enter_label(crop, table, mask, CropLabel(index, area, int(mask.sum()) == area))
+            whole = int(mask.sum()) == area
+            enter_label(crop, table, mask, CropLabel(index, area, whole, label not in boxed))
         return crop, table
 
     def _paste(
@@ -194,20 +212,30 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         table: list[CropLabel],
         width: float,
         generator: np.random.Generator,
-    ) -> None:
-        """Put a lesion of some training scan into this crop, if a place for it is found."""
+    ) -> NDArray[np.bool_]:
+        """Put a lesion of some training scan into this crop, if a place for it is found.
+
+        Return ``[row, column]``: where it may be, if its outline is not known; else nowhere.
+        """
+        nowhere = np.zeros(labels.shape, dtype=bool)
         if not self._cutouts or generator.random() >= self.sampling.paste_share:
-            return
+            return nowhere
         chosen = int(generator.choice(len(self.lesions), p=self._weights))
-        spacing_mm = self.cases[self.lesions[chosen].case].volume.spacing_mm[0]
+        lesion = self.lesions[chosen]
+        spacing_mm = self.cases[lesion.case].volume.spacing_mm[0]
         offsets = stack_offsets(self.stack.n_slices, self.stack.slice_offset_mm, spacing_mm)
         border = (self._size - self.sampling.crop_size) // 2
         cutout = self._cutouts[chosen]
         zoom = self.sampling.paste_zoom
+        before = stack.copy()
         mask = paste(stack, labels > 0, cutout, offsets, width, border, generator, zoom)
-        if mask is not None:
-            table.append(CropLabel(self.lesions[chosen].class_index, int(mask.sum()), True))
-            labels[mask] = len(table)
+        if mask is None:
+            return nowhere
+        outlined = lesion.label not in self.cases[lesion.case].boxed
+        table.append(CropLabel(lesion.class_index, int(mask.sum()), True, outlined))
+        labels[mask] = len(table)
+        # Of the lesion's box no more came here than what was changed.
+        return nowhere if outlined else (stack != before).any(axis=0)
 
 
 def labels_by_plane(labels: NDArray[np.integer]) -> dict[int, set[int]]:

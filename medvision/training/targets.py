@@ -9,9 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from medvision.geometry import Box
 from medvision.models.criterion import Target
 from medvision.stacks.augment import boxes_from_labels
-from medvision.training.segmentation_target import border_weights, make_class_map
+from medvision.training.segmentation_target import (
+    BACKGROUND,
+    IGNORED,
+    border_weights,
+    make_class_map,
+)
 
 _MOST_LABELS = 254
 """Lesions that a crop's 8-bit label map keeps apart, one value left for one that is pasted."""
@@ -21,12 +27,14 @@ class CropLabel(NamedTuple):
     """What a value of a crop's label map stands for; class None: to be ignored.
 
     ``area`` is that of the lesion on the whole slice, in pixels; ``whole`` tells that all of it is in the
-    crop as cut.
+    crop as cut. ``outlined`` tells that its outline is known: of a lesion known by its box alone the label
+    map holds an ellipse in its place, for the box.
     """
 
     class_index: int | None
     area: int = 0
     whole: bool = False
+    outlined: bool = True
 
 
 def enter_label(
@@ -41,8 +49,23 @@ def enter_label(
     if len(table) < _MOST_LABELS:
         table.append(entry)
     else:
-        table[-1] = CropLabel(None)
+        table[-1] = CropLabel(None, outlined=table[-1].outlined and entry.outlined)
     crop[mask] = len(table)
+
+
+def unsure_region(boxes: list[Box], top: int, left: int, size: int) -> NDArray[np.bool_]:
+    """Return ``[size, size]``: where a crop cut at row ``top``, column ``left`` shows some of ``boxes``.
+
+    Of lesions whose outline is not known it holds every pixel that may be theirs, which the ellipse does not.
+    """
+    region = np.zeros((size, size), dtype=bool)
+    for box in boxes:
+        _, rows, columns = box.slices
+        region[
+            max(0, rows.start - top) : max(0, rows.stop - top),
+            max(0, columns.start - left) : max(0, columns.stop - left),
+        ] = True
+    return region
 
 
 def _visible(
@@ -68,7 +91,7 @@ class OutlineTargets(NamedTuple):
 class TrainingTarget(Target, total=False):
     """The truth of a crop, with what models that draw outlines are trained from."""
 
-    masks: Tensor  # [n, row, column] bool, one for each box
+    masks: Tensor  # [n, row, column] bool, one for each box; absent if one of them has no known outline
     class_map: Tensor  # [row, column], 0 background, 1.. classes, 255 ignored
     added_weights: Tensor  # [row, column], where the losses of a segmentation weigh borders
 
@@ -78,34 +101,57 @@ def make_target(
     table: list[CropLabel],
     least_visible: float,
     outlines: OutlineTargets | None = None,
+    unsure: NDArray[np.bool_] | None = None,
 ) -> TrainingTarget:
     """Return the target of an augmented crop ``labels[row, column]``; value n is ``table[n - 1]``.
 
     Lesions of which less than the share ``least_visible`` is in the crop are to be ignored. With
     ``outlines`` the target has ``masks`` and ``class_map`` too, and ``added_weights`` if borders have a weight.
+    ``unsure[row, column]`` is where lesions without a known outline may be: no background there.
     """
-    boxes, classes, values, ignored = [], [], [], []
-    meant: list[int | None] = [None] * len(table)
+    boxes, ignored = [], []
+    counted: dict[int, int] = {}
     for value, box in boxes_from_labels(labels).items():
         entry = table[value - 1]
         seen = entry.class_index is not None and _visible(labels, value, box, entry)
         if entry.class_index is not None and seen >= least_visible:
             boxes.append(box)
-            classes.append(entry.class_index)
-            values.append(value)
-            meant[value - 1] = entry.class_index
+            counted[value] = entry.class_index
         else:
             ignored.append(box)
     target: TrainingTarget = {
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        "labels": torch.tensor(classes, dtype=torch.long),
+        "labels": torch.tensor(list(counted.values()), dtype=torch.long),
         "ignored": torch.tensor(ignored, dtype=torch.float32).reshape(-1, 4),
     }
     if outlines is not None:
-        drawn = labels[None] == np.array(values, dtype=np.uint8)[:, None, None]
-        target["masks"] = torch.from_numpy(drawn)
-        target["class_map"] = torch.from_numpy(make_class_map(labels, meant))
-        if outlines.border_weight > 0:
-            weights = border_weights(labels, outlines.border_weight, outlines.border_sigma)
-            target["added_weights"] = torch.from_numpy(weights)
+        _add_outlines(target, labels, table, counted, outlines, unsure)
     return target
+
+
+def _add_outlines(
+    target: TrainingTarget,
+    labels: NDArray[np.uint8],
+    table: list[CropLabel],
+    counted: dict[int, int],
+    outlines: OutlineTargets,
+    unsure: NDArray[np.bool_] | None,
+) -> None:
+    """Add what models that draw outlines learn from; ``counted`` has the class of each value with a box."""
+    guessed = [value for value, entry in enumerate(table, start=1) if not entry.outlined]
+    if counted.keys().isdisjoint(guessed):
+        # The mask head takes a mask for every box of a crop, or none at all.
+        drawn = labels[None] == np.array(list(counted), dtype=np.uint8)[:, None, None]
+        target["masks"] = torch.from_numpy(drawn)
+    meant = [
+        counted.get(value) if entry.outlined else None for value, entry in enumerate(table, start=1)
+    ]
+    class_map = make_class_map(labels, meant)
+    if unsure is not None:
+        class_map[unsure & (class_map == BACKGROUND)] = IGNORED
+    target["class_map"] = torch.from_numpy(class_map)
+    if outlines.border_weight > 0:
+        # A border to a guessed ellipse is a guess too.
+        known = np.where(np.isin(labels, guessed), 0, labels) if guessed else labels
+        weights = border_weights(known, outlines.border_weight, outlines.border_sigma)
+        target["added_weights"] = torch.from_numpy(weights)
