@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,6 +145,19 @@ def test_finished_scans_are_kept_and_overwrite_redoes_them(scans, tmp_path):
     assert set(statuses(run(scans, out, overwrite=True)).values()) == {"done"}
     assert not (out / "a" / "old.txt").exists()
     assert sorted(path.name for path in out.iterdir()) == ["a", "b", "c", "summary.json"]
+
+
+def test_what_a_killed_process_left_of_a_scan_goes_when_the_scan_is_written(scans, tmp_path):
+    out = tmp_path / "out"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = [f".partial-{dead.pid}-a", f".partial-{dead.pid}-a-old", f".partial-{10**30}-c"]
+    others = [f".partial-{os.getppid()}-a", f".partial-{dead.pid}-d", ".partial-x-a", "a-old"]
+    for name in left + others:
+        (out / name / "inner").mkdir(parents=True)
+    assert set(statuses(run(scans, out)).values()) == {"done"}
+    there = {path.name for path in out.iterdir()}
+    assert there == {*others, "a", "b", "c", "summary.json"}
 
 
 def test_other_weights_settings_or_scans_are_predicted_again(scans, tmp_path):

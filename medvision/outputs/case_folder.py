@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medvision.errors import MedvisionError
-from medvision.files import atomic_write_text
+from medvision.files import PARTIAL, atomic_write_text
 from medvision.findings.finding import ScanFindings
 from medvision.outputs.images import write_finding_pictures
 from medvision.outputs.json_csv import read_findings, write_findings
@@ -51,7 +51,8 @@ def write_case_folder(
     ``source`` says what the findings came from, for ``count_kept``; ``window_hu`` is as in
     ``write_finding_pictures``.
     """
-    temporary = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
+    _remove_left(folder)
+    temporary = folder.with_name(f"{PARTIAL}{os.getpid()}-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -62,6 +63,25 @@ def write_case_folder(
         _replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote ``folder`` left beside it."""
+    left = re.compile(rf"{re.escape(PARTIAL)}(\d+)-{re.escape(folder.name)}(-old)?")
+    for path in folder.parent.glob(f"{PARTIAL}*"):
+        found = left.fullmatch(path.name)
+        if found and not _runs(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's, and there
+    return True
 
 
 def count_kept(folder: Path, source: dict[str, Any]) -> tuple[int, int] | None:
