@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torchvision.models.detection import _utils as reference
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FasterRCNN as TorchvisionFasterRCNN
@@ -39,6 +40,7 @@ from medvision.models.proposals import (
     hardest_regions,
     match_anchors,
     match_regions,
+    proposal_losses,
     proposal_recall,
     select_proposals,
 )
@@ -272,6 +274,37 @@ def test_region_losses_equal_torchvisions() -> None:
     torch.testing.assert_close(losses["box"], box)
 
 
+def test_proposal_losses_are_torchvisions_but_for_what_the_box_loss_is_divided_by() -> None:
+    """By the lesions' anchors here, by all that were drawn there; Ren et al.: by all places, times 10."""
+    images, targets = two_images()
+    settings = ProposalConfig(loss="sampled", matcher="iou", anchors_sampled=64, box_weight=2.0)
+    config = FasterRCNNConfig(**SMALL, regions=REGIONS, proposals=settings)
+    torch.manual_seed(0)
+    raw = build_faster_rcnn(config, 3, 2)(images, targets)
+    assert raw.matches is not None
+    matched, anchors = raw.matches.anchors, torch.cat(raw.proposals.anchors)
+    objectness, deltas = torch.randn(matched.shape), torch.randn(*matched.shape, 4) / 3
+    proposals = raw.proposals._replace(objectness=objectness, deltas=deltas)
+    losses = proposal_losses(proposals, matched, targets, settings)
+    coder = reference.BoxCoder((1.0, 1.0, 1.0, 1.0))
+    labels, wanted = [], []
+    for row, target in zip(matched, targets, strict=True):
+        labels.append(torch.where(row == IGNORED, -1.0, (row >= 0).float()))
+        wanted.append(coder.encode_single(target["boxes"][row.clamp(min=0)], anchors))
+    counts = {"training": 1, "testing": 1}
+    # All that our sample holds is no more than theirs may: they draw it all.
+    rpn = RegionProposalNetwork(
+        OurAnchors([anchors]), RPNHead(16, 2), 0.7, 0.3, 64, 0.5, counts, counts, 0.7
+    )
+    expected, box = rpn.compute_loss(
+        objectness.reshape(-1, 1), deltas.reshape(-1, 4), labels, wanted
+    )
+    torch.testing.assert_close(losses["objectness"], expected)
+    positives, drawn = int((matched >= 0).sum()), int((matched != IGNORED).sum())
+    assert 0 < positives < drawn == 128
+    torch.testing.assert_close(losses["proposal_box"], 2.0 * box * drawn / positives)
+
+
 def test_proposals_are_freed_of_copies_level_by_level_and_of_broken_boxes() -> None:
     """Two copies on one level, one more on the next, one broken, one off the image, one over its edge."""
     first = torch.tensor([[10.0, 10, 20, 20], [10, 10, 20, 21], [10, 10, 20, 20], [70, 5, 80, 9]])
@@ -329,6 +362,51 @@ def test_hard_examples_are_the_costliest_without_copies() -> None:
     assert hardest_regions(losses, [boxes, boxes], config).tolist() == [1, 3, 6, 4]
 
 
+@pytest.mark.parametrize(("box_weight", "kept"), [(0.0, [1, 2]), (0.05, [1, 2]), (1.0, [0, 1])])
+def test_hard_examples_are_those_of_the_weighted_loss_that_is_trained(
+    box_weight: float, kept: list[int]
+) -> None:
+    """Three regions: a lesion's whose class is right and whose box is wrong, and two false alarms."""
+    images, targets = two_images()
+    images, target = images[:1], targets[0]
+    settings = RegionConfig(width=64, sampling="ohem", regions_sampled=2, box_weight=box_weight)
+    config = FasterRCNNConfig(**SMALL, regions=settings)
+    raw = build_faster_rcnn(config, 3, 2)(images, [target])
+    assert raw.matches is not None
+    regions = torch.cat((target["boxes"][:1], torch.tensor([[40.0, 40, 50, 50], [2, 2, 12, 12]])))
+    logits = torch.tensor([[0.0, 9.0, 0.0], [0.0, 2.0, 0.0], [0.0, 1.0, 0.0]])
+    deltas = torch.zeros(3, 4)
+    deltas[0] = 1.0
+    category = functional.cross_entropy(logits, torch.tensor([1, 0, 0]), reduction="none")
+    # The wanted deltas are 0: each of the four is 1 - beta / 2 off.
+    box = torch.tensor([4 * (1 - 1 / 18), 0.0, 0.0])
+    assert (category + box)[0] > category[1] > category[2] > category[0] + 0.05 * box[0]
+    raw = raw._replace(
+        regions=[regions],
+        logits=logits,
+        deltas=deltas,
+        matches=raw.matches._replace(regions=[torch.tensor([0, BACKGROUND, BACKGROUND])]),
+    )
+    losses = FasterRCNNCriterion(config, torch.ones(2))(raw, [target])
+    torch.testing.assert_close(losses["class"], category[kept].mean())
+    torch.testing.assert_close(losses["box"], box_weight * box[kept].mean())
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 1.0])
+def test_sure_regions_have_finite_focal_losses_and_gradients(gamma: float) -> None:
+    sure = torch.tensor([[side * size, 0.0] for size in (17.0, 20.0, 110.0) for side in (-1, 1)])
+    for label in (0, 1):
+        logits, labels = sure.clone().requires_grad_(), torch.full((len(sure),), label)
+        config = RegionConfig(loss="focal", focal_gamma=gamma)
+        loss = region_class_loss(logits, labels, torch.ones(2), config)
+        loss.sum().backward()
+        assert torch.isfinite(loss).all()
+        assert logits.grad is not None
+        assert torch.isfinite(logits.grad).all()
+        wrong = (sure[:, 0] < 0) == (label == 0)
+        assert (logits.grad[wrong].abs() > 0.9).all()
+
+
 def test_focal_loss_over_classes_by_hand() -> None:
     logits = torch.log(torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.5, 0.3]]))
     labels, weights = torch.tensor([0, 2]), torch.tensor([1.0, 1.0, 2.0])
@@ -362,6 +440,18 @@ VARIANTS = {
     ),
     "ohem and focal": FasterRCNNConfig(
         **SMALL, regions=RegionConfig(width=64, sampling="ohem", loss="focal", regions_sampled=32)
+    ),
+    "ohem and cross-entropy": FasterRCNNConfig(
+        **SMALL, regions=RegionConfig(width=64, sampling="ohem", regions_sampled=32)
+    ),
+    "random and focal": FasterRCNNConfig(
+        **SMALL, regions=RegionConfig(width=64, sampling="random", loss="focal")
+    ),
+    "proposals focal and iou": FasterRCNNConfig(
+        **SMALL, regions=REGIONS, proposals=ProposalConfig(loss="focal", matcher="iou")
+    ),
+    "proposals sampled and atss": FasterRCNNConfig(
+        **SMALL, regions=REGIONS, proposals=ProposalConfig(loss="sampled", matcher="atss")
     ),
 }
 
@@ -433,6 +523,26 @@ def test_deformable_pooling_starts_as_roi_align() -> None:
     torch.testing.assert_close(moved(images).logits, plain(images).logits, atol=1e-5, rtol=1e-4)
 
 
+def test_masks_have_28_cells_a_side_with_the_settings_that_nobody_changed() -> None:
+    """14 bins a side and twice as many cells, in training and in use: Mask R-CNN, figure 4."""
+    config = MaskRCNNConfig(**SMALL, regions=REGIONS)
+    assert config.mask == MaskConfig()
+    images, targets = two_images()
+    network = build_faster_rcnn(config, 3, 2)
+    raw = network(images, targets)
+    assert raw.masks is not None
+    assert raw.masks.logits.shape[0] > 0
+    assert raw.masks.logits.shape[1:] == (1, 28, 28)
+    branch = network.mask_branch
+    assert branch is not None
+    sizes: list[tuple[int, ...]] = []
+    branch.pool.register_forward_hook(lambda *given: sizes.append(given[2].shape[1:]))
+    branch.head.register_forward_hook(lambda *given: sizes.append(given[2].shape[1:]))
+    found = network.eval().select(network(images), **KEPT)
+    assert sizes == [(16, 14, 14), (1, 28, 28)]
+    assert found[0]["masks"].shape[1:] == (64, 64)
+
+
 def test_the_backbone_runs_once_for_both_stages() -> None:
     images, targets = two_images()
     network = build_faster_rcnn(MASK, 3, 2)
@@ -465,24 +575,27 @@ def test_an_image_is_judged_alike_in_any_company() -> None:
 def test_a_shift_by_the_coarsest_stride_shifts_what_is_proposed() -> None:
     torch.manual_seed(0)
     network = build_faster_rcnn(FASTER, 1, 1).eval()
-    image = torch.zeros(1, 1, 256, 256)
+    for output in (network.proposal_head.objectness, network.proposal_head.box):
+        nn.init.normal_(output.weight)
+    image = torch.zeros(1, 1, 256, 320)
     image[:, :, 120:130, 118:131] = 1.0
-    raw, moved = network(image), network(image.roll((16, 16), dims=(2, 3)))
-    cells = [(256 // stride, stride) for stride in network.strides]
-    lengths = [size * size * 2 for size, _ in cells]
-    for (size, stride), ours, theirs in zip(
-        cells,
-        raw.proposals.objectness[0].split(lengths),
-        moved.proposals.objectness[0].split(lengths),
-        strict=True,
-    ):
-        # Away from the edges, where padding shows.
-        step, inner = 16 // stride, slice(size // 3, size // 2)
-        shifted = slice(inner.start + step, inner.stop + step)
-        expected = ours.reshape(size, size, 2)[inner, inner]
-        torch.testing.assert_close(
-            theirs.reshape(size, size, 2)[shifted, shifted], expected, atol=1e-5, rtol=1e-4
-        )
+    raw, moved = network(image), network(image.roll((16, 32), dims=(2, 3)))
+    lengths = [len(level) for level in raw.proposals.anchors]
+    for name in ("objectness", "deltas"):
+        whole, shifted = getattr(raw.proposals, name)[0], getattr(moved.proposals, name)[0]
+        for stride, before, after in zip(
+            network.strides, whole.split(lengths), shifted.split(lengths), strict=True
+        ):
+            rows, columns = 256 // stride, 320 // stride
+            grid = (rows, columns, 2, -1)
+            # Away from the edges, where padding shows.
+            y, x = slice(rows // 3, rows // 2), slice(columns // 4, columns // 2)
+            down, right = 16 // stride, 32 // stride
+            there = slice(y.start + down, y.stop + down), slice(x.start + right, x.stop + right)
+            expected = before.reshape(grid)[y, x]
+            # From place to place of one anchor shape the outputs differ, or any shift would do.
+            assert expected.std(dim=(0, 1)).min() > 1e-3
+            torch.testing.assert_close(after.reshape(grid)[there], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_draws_follow_the_weights_so_that_a_resumed_run_is_the_same() -> None:

@@ -36,6 +36,8 @@ from medvision.models.config import RetinaNetConfig
 from medvision.models.criterion import Criterion, Target
 from medvision.models.lesion_losses import (
     balanced_cross_entropy,
+    focal_loss,
+    focus,
     hard_negative_loss,
     varifocal_loss,
 )
@@ -222,6 +224,52 @@ def test_varifocal_loss_is_lowest_where_the_score_is_the_overlap() -> None:
     scores = torch.linspace(0.01, 0.99, 99)
     losses = [varifocal_loss(p.logit()[None], torch.tensor([0.6]), 0.75, 2.0) for p in scores]
     assert scores[int(torch.stack(losses).argmin())].item() == pytest.approx(0.6, abs=1e-6)
+
+
+SURE = [-110.0, -88.0, -20.0, -17.0, 0.0, 17.0, 20.0, 88.0, 110.0]
+"""Logits of answers that are so sure that their probability is rounded to 0, to 1 or to nearly 0."""
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("truth", [0.0, 1.0])
+@pytest.mark.parametrize("loss", [focal_loss, varifocal_loss])
+def test_sure_answers_have_finite_gradients_for_a_gamma_below_1(
+    loss: Any, truth: float, gamma: float
+) -> None:
+    logits = torch.tensor(SURE, requires_grad=True)
+    total = loss(logits, torch.full((len(SURE),), truth), 0.25, gamma)
+    total.backward()
+    assert torch.isfinite(total)
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+    # What is wrong is told so however sure it is, and what is right is not told to be less sure.
+    towards = logits.grad if truth == 0 else -logits.grad
+    assert (towards >= 0).all()
+    assert towards[-1 if truth == 0 else 0] > 0.1
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 1.0, 1.5, 2.0])
+def test_focal_loss_and_its_gradient_are_torchvisions_for_any_gamma(gamma: float) -> None:
+    targets = (torch.arange(300) % 3 == 0).float()
+    ours, theirs = (torch.linspace(-9, 9, 300).requires_grad_() for _ in range(2))
+    loss = focal_loss(ours, targets, 0.25, gamma)
+    expected = sigmoid_focal_loss(theirs, targets, 0.25, gamma, reduction="sum")
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.5, 2.0, 5.0])
+def test_from_a_gamma_of_1_on_the_power_is_the_plain_one_to_the_bit(gamma: float) -> None:
+    values = [torch.tensor([0.0, 1e-45, 1e-38, 1e-7, 0.3, 1.0], requires_grad=True) for _ in "ab"]
+    powers = (focus(values[0], gamma), values[1].pow(gamma))
+    for power in powers:
+        power.sum().backward()
+    assert torch.equal(*powers)
+    assert values[0].grad is not None
+    assert values[1].grad is not None
+    assert torch.equal(values[0].grad, values[1].grad)
 
 
 @given(st.integers(0, 10_000))

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from medvision.errors import UsageError
 from medvision.models.backbones import build_backbone
+from medvision.models.family import OUTPUTS
+from medvision.models.faster_rcnn import FasterRCNN, build_faster_rcnn
 from medvision.models.pyramid import FeaturePyramid
+from medvision.models.pyramid_config import StageConvolution
+from medvision.models.two_stage_config import FasterRCNNConfig, LevelRuleConfig, RegionConfig
 from medvision.training.loop import rate_factor, update_average
 from medvision.training.transfer import (
     Transfer,
@@ -152,6 +156,72 @@ def test_scratch_has_the_groups_of_plain_training() -> None:
     decayed = [id(value) for value in network.parameters() if value.ndim > 1]
     plain = [id(value) for value in network.parameters() if value.ndim <= 1]
     assert [[id(value) for value in group["params"]] for group in groups] == [decayed, plain]
+
+
+def deformable_detector(convolution: StageConvolution) -> FasterRCNN:
+    """A Faster R-CNN of which convolutions and pooling both predict offsets."""
+    config = FasterRCNNConfig(
+        backbone="resnet18",
+        stage_convolution=convolution,
+        pyramid_channels=8,
+        anchors_per_level=1,
+        anchor_sizes=(((4.0, 4.0),), ((9.0, 9.0),), ((20.0, 18.0),)),
+        level_rule=LevelRuleConfig(k0=3, canonical_size=10.0),
+        regions=RegionConfig(pooling="deformable", width=8),
+    )
+    return build_faster_rcnn(config, 1, 2)
+
+
+@pytest.mark.parametrize("convolution", ["deformable", "deformable-v1"])
+@pytest.mark.parametrize("mode", ["scratch", "finetune", "frozen", "probe"])
+def test_what_predicts_offsets_learns_at_its_own_rate(
+    mode: Transfer, convolution: StageConvolution
+) -> None:
+    """A tenth in a convolution (Zhu et al. 2019), a hundredth in RoI pooling (Dai et al. 2017)."""
+    network = deformable_detector(convolution)
+    plan = plan_transfer(network, mode, "", outputs=OUTPUTS["faster-rcnn"])
+    names = {id(value): name for name, value in network.named_parameters()}
+    groups = parameter_groups(network, plan, 0.1)
+    found = {names[id(value)]: group["rate"] for group in groups for value in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found)
+    offsets = {n for n in names.values() if n.endswith(("offset_weight", "offset_bias"))}
+    pooling = {"box_pool.pool.fc.weight", "box_pool.pool.fc.bias"}
+    assert len(offsets) == 2 * 12
+    encoder = {n for n in names.values() if n.startswith("backbone.")}
+    outputs = {n for n in names.values() if n.startswith(OUTPUTS["faster-rcnn"])}
+    assert offsets < encoder
+    assert pooling < set(names.values()) - encoder - outputs
+    learning = {"probe": outputs, "frozen": set(names.values()) - encoder}
+    expected = dict.fromkeys(learning.get(mode, names.values()), 1.0)
+    for name in expected:
+        expected[name] *= 0.1 if name in offsets else 0.01 if name in pooling else 1.0
+        expected[name] *= 0.1 if name in encoder and mode == "finetune" else 1.0
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("mode", ["scratch", "finetune"])
+def test_an_offset_moves_by_its_share_of_a_step(mode: Transfer) -> None:
+    """One step of AdamW moves every weight that has a gradient by the rate of its group."""
+    torch.manual_seed(0)
+    network = deformable_detector("deformable")
+    plan = plan_transfer(network, mode, "", outputs=OUTPUTS["faster-rcnn"])
+    set_training(network, plan, 1.0)
+    optimizer = torch.optim.AdamW(parameter_groups(network, plan, 0.0), lr=1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3 * group["rate"]
+    before = {name: value.detach().clone() for name, value in network.named_parameters()}
+    for value in network.parameters():
+        value.grad = torch.ones_like(value)
+    optimizer.step()
+    moved = {
+        name: (before[name] - value.detach()).double().mean().item()
+        for name, value in network.named_parameters()
+    }
+    slower = 0.1 if mode == "finetune" else 1.0
+    assert moved["box_head.fc6.weight"] == pytest.approx(1e-3, rel=1e-2)
+    assert moved["box_pool.pool.fc.weight"] == pytest.approx(1e-5, rel=1e-2)
+    assert moved["backbone.layer2.0.conv1.weight"] == pytest.approx(1e-3 * slower, rel=1e-2)
+    assert moved["backbone.layer2.0.conv1.offset_weight"] == pytest.approx(1e-4 * slower, rel=1e-2)
 
 
 def test_auto_says_why() -> None:

@@ -43,7 +43,12 @@ class RetinaNetConfig(PyramidConfig):
     box_weight: float = Field(1.0, ge=0, description="weight of the box loss")
     class_weight: float = Field(0.5, ge=0, description="weight of the class loss")
     matcher: MatcherName = Field("atss", description="which anchors are positive for a lesion")
-    atss_candidates: int = Field(9, ge=1, description="anchors a level that ATSS looks at per box")
+    atss_candidates: int = Field(
+        9,
+        ge=1,
+        description="anchors a level that ATSS looks at per box, all shapes together (the authors' code "
+        "takes so many of each shape)",
+    )
     fg_iou_thresh: float = Field(
         0.5, gt=0, le=1, description="IoU matcher: lowest IoU of a positive anchor"
     )

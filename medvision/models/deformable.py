@@ -26,8 +26,9 @@ class DeformConv2d(nn.Conv2d):
     each tap is weighted too (Zhu et al., Deformable ConvNets v2, CVPR 2019). Offsets and weights come
     from a convolution of the same size, stride, padding and dilation that starts at zero. One thing
     differs from v2: the weight is ``2 * sigmoid``, not ``sigmoid``, so that the layer begins as the plain
-    convolution and pretrained weights keep their scale. Both papers train that branch
-    (``offset_weight``, ``offset_bias``) at a tenth of the other layers' rate.
+    convolution and pretrained weights keep their scale. v2 trains that branch (``offset_weight``,
+    ``offset_bias``) at a tenth of the other layers' rate (section 3.2), v1 at the same rate as they
+    (section 2.3: beta = 1); training takes the tenth for both.
 
     ``weight`` and ``bias`` are those of ``nn.Conv2d``, under the same names. Groups of
     ``in_channels / offset_groups`` channels have offsets of their own.

@@ -17,6 +17,7 @@ class DeformRoIAlign(nn.Module):
     Dai et al., Deformable Convolutional Networks, ICCV 2017, section 2.2, with RoIAlign's bilinear
     samples (He et al., Mask R-CNN, ICCV 2017) in both steps. The layer says shifts in shares of the box's
     height and width, times ``gamma`` (the paper's 0.1). It starts at zero: the module begins as RoIAlign.
+    The paper trains that layer, ``fc``, at a hundredth of the other layers' rate (section 2.3: beta).
     ``channels`` are those of the feature maps; the rest is as in ``torchvision.ops.RoIAlign``, but
     ``sampling_ratio`` is at least 1.
     """

@@ -16,6 +16,7 @@ from medvision.models.anchors import level_anchors
 from medvision.models.backbone import Backbone
 from medvision.models.backbones import make_backbone, pyramid_channels
 from medvision.models.box_coder import decode_boxes, encode_boxes
+from medvision.models.lesion_losses import focus
 from medvision.models.mask_head import (
     MaskBranch,
     MaskDetections,
@@ -247,7 +248,8 @@ class FasterRCNNCriterion(nn.Module):
             raw.deltas[positive], wanted, reduction="none", beta=SMOOTH_L1_BETA
         ).sum(dim=1)
         if settings.sampling == "ohem":
-            kept = hardest_regions(category + box, raw.regions, settings)
+            cost = category + settings.box_weight * box
+            kept = hardest_regions(cost, raw.regions, settings)
             category, box, positive = category[kept], box[kept], positive[kept]
         # Both by the same number, or lesions' features would serve the box alone and be lost to the class.
         count = positive.sum().clamp(min=1) if settings.loss == "focal" else max(len(positive), 1)
@@ -263,7 +265,7 @@ def region_class_loss(
     """
     loss = functional.cross_entropy(logits, labels, reduction="none")
     if config.loss == "focal":
-        loss = (1 - (-loss).exp()) ** config.focal_gamma * loss
+        loss = focus(1 - (-loss).exp(), config.focal_gamma) * loss
     return weights[labels] * loss
 
 

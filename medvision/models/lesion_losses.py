@@ -29,7 +29,18 @@ def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> T
     cross_entropy = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     p_wrong = torch.where(targets > 0.5, 1 - logits.sigmoid(), logits.sigmoid())
     weight = torch.where(targets > 0.5, alpha, 1 - alpha)
-    return (weight * p_wrong.pow(gamma) * cross_entropy).sum()
+    return (weight * focus(p_wrong, gamma) * cross_entropy).sum()
+
+
+def focus(p_wrong: Tensor, gamma: float) -> Tensor:
+    """Return ``p_wrong^gamma``, what an example counts for; ``p_wrong`` is a probability of any shape.
+
+    Its gradient is finite also where ``p_wrong`` was rounded to 0, as of an answer that is sure and right.
+    """
+    if gamma < 1:
+        # Such a power's slope is infinite at 0; times the loss there, 0, that is not a number.
+        p_wrong = p_wrong.clamp(min=torch.finfo(p_wrong.dtype).tiny)
+    return p_wrong.pow(gamma)
 
 
 def balanced_cross_entropy(logits: Tensor, targets: Tensor, alpha: float) -> Tensor:
@@ -69,7 +80,7 @@ def varifocal_loss(logits: Tensor, quality: Tensor, alpha: float, gamma: float) 
     ``-alpha p^gamma log(1 - p)`` elsewhere; 0.75 and 2 in the paper.
     """
     cross_entropy = functional.binary_cross_entropy_with_logits(logits, quality, reduction="none")
-    weight = torch.where(quality > 0, quality, alpha * logits.sigmoid().pow(gamma))
+    weight = torch.where(quality > 0, quality, alpha * focus(logits.sigmoid(), gamma))
     return (weight * cross_entropy).sum()
 
 

@@ -19,11 +19,16 @@ def match_atss(anchors: list[Tensor], boxes: Tensor, candidates: int) -> Tensor:
     """Return for each anchor of all levels the index of its box, or BACKGROUND.
 
     Zhang et al., Bridging the Gap Between Anchor-based and Anchor-free Detection, CVPR 2020: for each
-    box the ``candidates`` nearest anchors of every level; those whose IoU reaches the mean plus the
-    deviation of all candidates, and whose centre lies in the box, are positive. A box that no
-    anchor centre falls into, as happens under a stride's size, gets its best candidate, and one whose
+    box the ``candidates`` anchors of every level whose centres are nearest; those whose IoU reaches the
+    mean plus the deviation of all candidates, and whose centre lies in the box, are positive. A box that
+    no anchor centre falls into, as happens under a stride's size, gets its best candidate, and one whose
     best candidate went to another box its next: no lesion is passed over for being small or close
     to another. ``boxes`` is ``[n, 4]`` x1, y1, x2, y2.
+
+    Two things differ from the authors' code. It takes ``candidates`` times the number of shapes at a
+    place, here the shapes share the ``candidates`` (with one shape, as in the paper, it is the same).
+    Its deviation divides by one less than the number of candidates, here by their number. Which of the
+    anchors that are equally far comes last among the candidates is left to ``topk``.
     """
     everything = torch.cat(anchors)
     matched = torch.full((len(everything),), BACKGROUND, dtype=torch.long, device=boxes.device)

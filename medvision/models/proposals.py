@@ -191,7 +191,8 @@ def proposal_losses(
     """Return the losses ``objectness`` and ``proposal_box``; finite without any lesion.
 
     Focal loss is divided by the number of lesions' anchors, cross-entropy by that of anchors drawn, the
-    smooth L1 loss of the deltas by that of lesions' anchors; by 1 if there are none.
+    smooth L1 loss of the deltas by that of lesions' anchors; by 1 if there are none. Ren et al. (equation 1)
+    divide the last by the number of anchor places, times 10, torchvision by that of anchors drawn.
     """
     positive, counted = matched >= 0, matched != IGNORED
     count = positive.sum().clamp(min=1)

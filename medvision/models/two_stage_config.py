@@ -28,12 +28,18 @@ class ProposalConfig(_Part):
     matcher: Literal["atss", "iou"] = Field(
         "atss", description="which anchors stand for a lesion; iou: thresholds, as in the paper"
     )
-    atss_candidates: int = Field(9, ge=1, description="anchors a level that ATSS looks at per box")
+    atss_candidates: int = Field(
+        9,
+        ge=1,
+        description="anchors a level that ATSS looks at per box, all shapes together (the authors' code "
+        "takes so many of each shape)",
+    )
     foreground_iou: float = Field(0.7, gt=0, le=1, description="IoU of a lesion's anchor (iou)")
     background_iou: float = Field(0.3, ge=0, le=1, description="IoU under which it is none (iou)")
     loss: Literal["focal", "sampled"] = Field(
         "focal",
-        description="focal: on all anchors; sampled: cross-entropy on some, as in the paper",
+        description="focal: on all anchors; sampled: cross-entropy on some, as in the paper (the box "
+        "loss is divided by the lesions' anchors, not as there)",
     )
     focal_alpha: float = Field(0.25, gt=0, lt=1, description="weight of lesions in the focal loss")
     focal_gamma: float = Field(2.0, ge=0, description="how much easy anchors are played down")

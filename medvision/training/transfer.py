@@ -18,8 +18,12 @@ FEW_EXAMPLES = 16
 ENCODER_RATE = 0.1
 HEAD_WARMUP_SHARE = 0.1
 OFFSET_RATE = 0.1
-"""Rate of the branches that predict offsets, as in both papers on deformable convolution."""
-_OFFSETS = ("offset_weight", "offset_bias")
+"""Rate of the branches that predict a convolution's offsets: Zhu et al., Deformable ConvNets v2, CVPR 2019.
+
+There in section 3.2. In Dai et al., Deformable Convolutional Networks, ICCV 2017, it is 1 (section 2.3).
+"""
+POOLING_OFFSET_RATE = 0.01
+"""Rate of the layer that predicts the offsets of deformable RoI pooling: Dai et al., section 2.3."""
 
 
 @dataclass(frozen=True)
@@ -152,16 +156,17 @@ def parameter_groups(
     """Return the optimizer's groups, by falling rate, without what is frozen.
 
     ``rate`` in a group is what the run's learning rate is multiplied by: 1 for the head, less for the encoder
-    and for the offsets of deformable layers. Norms and biases are not decayed: it would only shift
-    what the data say.
+    and for the offsets of deformable layers, in the encoder the product of both. Norms and biases are
+    not decayed: it would only shift what the data say.
     """
     slow, frozen = _of(network, plan.encoder), _of(network, plan.frozen)
+    offsets = _offset_rates(network)
     by_kind: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, value in network.named_parameters():
+    for value in network.parameters():
         if id(value) in frozen:
             continue
         rate = plan.encoder_rate if id(value) in slow else 1.0
-        rate *= OFFSET_RATE if name.endswith(_OFFSETS) else 1.0
+        rate *= offsets.get(id(value), 1.0)
         decay = weight_decay if value.ndim > 1 else 0.0
         by_kind.setdefault((rate, decay), []).append(value)
     # Decayed ones first: a resumed run must find the groups in the order that it saved them in.
@@ -171,3 +176,18 @@ def parameter_groups(
 
 def _of(network: nn.Module, names: Sequence[str]) -> set[int]:
     return {id(value) for name in names for value in network.get_submodule(name).parameters()}
+
+
+def _offset_rates(network: nn.Module) -> dict[int, float]:
+    """Return the rate of each parameter, by its id, that predicts offsets."""
+    # The settings take a type from this file, and they are read without torch.
+    from medvision.models.deformable import DeformConv2d
+    from medvision.models.deformable_roi import DeformRoIAlign
+
+    rates: dict[int, float] = {}
+    for part in network.modules():
+        if isinstance(part, DeformConv2d):
+            rates[id(part.offset_weight)] = rates[id(part.offset_bias)] = OFFSET_RATE
+        elif isinstance(part, DeformRoIAlign):
+            rates.update((id(value), POOLING_OFFSET_RATE) for value in part.fc.parameters())
+    return rates

@@ -1,0 +1,89 @@
+"""Faster R-CNN with deformable RoI pooling as a graph: the same outputs, with bins that have moved."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from medvision.detector import DetectorConfig, load_detector, save_detector_config, save_weights
+from medvision.export.check import TOLERANCE
+from medvision.export.files import EXPORT_PACKAGES
+from medvision.export.graph import export_run
+from medvision.findings.config import PredictConfig
+from medvision.models.faster_rcnn import build_faster_rcnn
+from medvision.models.two_stage_config import (
+    FasterRCNNConfig,
+    LevelRuleConfig,
+    ProposalConfig,
+    RegionConfig,
+)
+from medvision.stacks.config import StackConfig
+
+MODEL = FasterRCNNConfig(
+    blocks=(1, 1, 1, 1),
+    width=8,
+    pyramid_channels=8,
+    anchors_per_level=1,
+    anchor_sizes=(((4.0, 4.0),), ((9.0, 9.0),), ((20.0, 18.0),)),
+    proposals=ProposalConfig(pre_nms_top_n=40, post_nms_top_n=25),
+    level_rule=LevelRuleConfig(k0=3, canonical_size=8.0),
+    regions=RegionConfig(pooling="deformable", width=32),
+)
+CONFIG = DetectorConfig(
+    class_names=("dark", "bright"),
+    modality="CT",
+    stack=StackConfig(n_slices=3, pixel_mm=0.7),
+    model=MODEL,
+    predict=PredictConfig(score_thresh=0.0, box_score_thresh=0.0, batch_size=5),
+)
+needs_onnx = pytest.mark.skipif(
+    any(find_spec(name) is None for name in EXPORT_PACKAGES),
+    reason="onnx, onnxscript and onnxruntime are optional",
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Write a run whose outputs are not all alike and whose bins lie far from where they began."""
+    torch.manual_seed(0)
+    network = build_faster_rcnn(MODEL, 3, 2)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.get_buffer("running_mean"), -0.2, 0.2)
+            nn.init.uniform_(module.get_buffer("running_var"), 0.5, 2.0)
+    for head in (network.proposal_head, network.box_head):
+        for value in head.parameters():
+            deviation = 2 / value[0].numel() ** 0.5 if value.ndim > 1 else 1.0
+            nn.init.normal_(value, std=deviation)
+    fc = network.get_submodule("box_pool.pool.fc")
+    for value in fc.parameters():
+        nn.init.normal_(value, std=1.0)
+    save_detector_config(tmp_path, CONFIG)
+    save_weights(tmp_path / "best.safetensors", network.state_dict(), {})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "kind", ["torchscript", pytest.param("onnx", marks=[needs_onnx, pytest.mark.slow])]
+)
+def test_a_detector_whose_bins_have_moved_is_exported(run: Path, kind: str) -> None:
+    done = export_run(run, format=kind)
+    assert done.model.check.largest_difference <= TOLERANCE
+    assert len(done.model.check.sizes) == 2
+
+
+def test_the_bins_have_moved_so_that_it_shows(run: Path) -> None:
+    network, _, _ = load_detector(run)
+    images = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        moved = network(images)
+        fc = network.get_submodule("box_pool.pool.fc")
+        for value in fc.parameters():
+            nn.init.zeros_(value)
+        unmoved = network(images)
+    gap = (moved.logits - unmoved.logits).abs()
+    assert gap.median() > 100 * TOLERANCE
