@@ -65,7 +65,7 @@ def test_no_place_leaves_the_stack_alone(cutout: Cutout) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "like"), [(-1000, False), (-960, False), (-880, True), (-820, True), (-740, False)]
+    ("value", "like"), [(-1000, False), (-910, False), (-900, True), (-750, True), (-730, False)]
 )
 def test_lung_nodules_go_into_lung_and_not_into_gas(
     cutout: Cutout, value: float, like: bool

@@ -24,11 +24,11 @@ _LEAST_PIXELS = 4
 """A lesion is zoomed down to about this width and no further: noise would look the same."""
 
 _TRIES = 8
-_NEAR = 0.03
-"""Largest difference of the medians of the two backgrounds, in window widths.
+_DARKER, _BRIGHTER = 0.04, 0.08
+"""How far the median of a place may lie below and above that of a lesion's own background, in window widths.
 
-42 HU in a lung window: a fifth of the places in healthy lung are lost by it. With more, nodules of the lung
-are pasted into gas, in the colon and around the patient, and stool in the colon is then found as one.
+56 and 112 HU in a lung window. Further down is gas, in the colon and around the patient: with nodules of
+the lung pasted there, stool in the colon is found as one.
 """
 
 _CLEAR = 0.2
@@ -134,7 +134,7 @@ def _zoomed(
 
 
 def _alike(values: NDArray, background: float, width: float) -> bool:
-    if abs(float(np.median(values)) - background) > _NEAR * width:
+    if not -_DARKER * width <= float(np.median(values)) - background <= _BRIGHTER * width:
         return False
     return float(np.percentile(values, 97)) < background + _CLEAR * width
 
