@@ -112,12 +112,17 @@ def format_traceback(error: BaseException) -> str:
 def _usage_error(error: Any) -> UsageError:
     context = getattr(error, "ctx", None)
     if context is None:
-        return UsageError(error.format_message(), do="See medvision --help.")
+        return UsageError(_message(error), do="See medvision --help.")
     usage = " ".join(context.get_usage().split()).removeprefix("Usage: ")
     return UsageError(
-        error.format_message(),
+        _message(error),
         do=f"Call it as {usage}; see {context.command_path} --help.",
     )
+
+
+def _message(error: Any) -> str:
+    # typer puts the kind of exception before what it says of a value that is no choice.
+    return str(error.format_message()).replace(": Value error, ", ": ")
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medvision.cli.options import check_exists
 from medvision.errors import UsageError
-from medvision.training.settings_help import given_names, setting_names, suggestion
+from medvision.training.settings_help import given_names, setting_names, suggestion, table_names
 
 if TYPE_CHECKING:
     from medvision.training.config import TrainConfig
@@ -31,7 +31,8 @@ def resolve_config(
         check_exists(file, "The settings file")
     from_file = read_settings(file) if file else {}
     names = setting_names(TrainConfig)
-    pairs = parse_settings(settings, names)
+    tables = table_names(TrainConfig)
+    pairs = parse_settings(settings, names, tables)
     given = {name: value for name, value in options.items() if value is not None}
     # Checked as a whole: an option may give what a setting in the file asks for.
     changed = merge_settings(from_file, pairs | given)
@@ -39,15 +40,18 @@ def resolve_config(
     where = [str(part) for part in (file, options_text) if part is not None]
     config = make_train_config(changed, " with ".join(where))
     sources = dict.fromkeys(given_names(from_file, names), str(file))
-    sources |= dict.fromkeys(pairs, "--set")
+    sources |= {_part_of(key, tables): "--set" for key in pairs}
     sources |= {name: f"--{name.removesuffix('.name').replace('_', '-')}" for name in given}
     return config, sources
 
 
-def parse_settings(pairs: Iterable[str], known: Iterable[str]) -> dict[str, Any]:
-    """Turn ``key=value`` texts into a dictionary; the values are read as YAML scalars or lists.
+def parse_settings(
+    pairs: Iterable[str], known: Iterable[str], tables: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Turn ``key=value`` texts into a dictionary; the values are read as YAML.
 
-    Raises UsageError for a pair without ``=`` or a key that is not ``known``, with the nearest one.
+    ``tables`` are the known settings that hold values under any names, such as those of classes. Raises
+    UsageError for a pair without ``=`` or a key that is not ``known``, with the nearest one.
     """
     import yaml
 
@@ -57,7 +61,7 @@ def parse_settings(pairs: Iterable[str], known: Iterable[str]) -> dict[str, Any]
         key, mark, value = pair.partition("=")
         if not mark:
             raise UsageError("--set takes KEY=VALUE.", where=f"--set {pair}")
-        if key not in names:
+        if _part_of(key, tables) not in names:
             raise UsageError(
                 f"There is no setting {key!r}.", where=f"--set {pair}", do=suggestion(key, names)
             )
@@ -66,6 +70,11 @@ def parse_settings(pairs: Iterable[str], known: Iterable[str]) -> dict[str, Any]
         except yaml.YAMLError as error:
             raise UsageError("The value is not valid YAML.", where=f"--set {pair}") from error
     return settings
+
+
+def _part_of(key: str, tables: Sequence[str]) -> str:
+    """Return the table that ``key`` is a value of, else ``key``."""
+    return next((table for table in tables if key.startswith(f"{table}.")), key)
 
 
 def merge_settings(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -306,3 +306,12 @@ def test_a_rust_panic_is_reported_like_any_bug(
     monkeypatch.setattr(cli_main, "app", panic)
     assert main(["doctor"]) == 1
     assert "PanicException" in capsys.readouterr().err
+
+
+def test_a_word_that_is_no_choice_is_told_in_plain_words(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "data", "-o", "run", "--model", "retinane"]) == 2
+    said = capsys.readouterr().err
+    assert "Invalid value for '--model': 'retinane' is not one of 'retinanet', " in said
+    assert "Value error" not in said

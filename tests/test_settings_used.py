@@ -11,6 +11,7 @@ import pytest
 import torch
 from training_support import small
 
+from medvision.cli.settings import resolve_config
 from medvision.device import choose_device
 from medvision.errors import UsageError
 from medvision.models.backbones import build_backbone
@@ -151,3 +152,12 @@ def test_a_refused_setting_has_the_name_that_one_writes(
     with pytest.raises(UsageError) as refused:
         make_train_config(settings, "test")
     assert name in refused.value.what
+
+
+@pytest.mark.parametrize("words", ["class_weights.solid=2.5", "class_weights={solid: 2.5}"])
+def test_a_class_weight_can_be_set_on_the_command_line(words: str) -> None:
+    config, sources = resolve_config(None, [words], {})
+    assert config.class_weights == {"solid": 2.5}
+    assert sources["class_weights"] == "--set"
+    with pytest.raises(UsageError, match="Did you mean class_weights"):
+        resolve_config(None, ["class_weight.solid=2"], {})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args, get_origin
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -49,6 +49,12 @@ def setting_names(model: type[BaseModel], prefix: str = "") -> list[str]:
         if not parts:
             names[prefix + name] = None
     return list(names)
+
+
+def table_names(model: type[BaseModel]) -> list[str]:
+    """Return the settings of ``model`` itself that hold values under names of the user's, as of classes."""
+    fields = model.model_fields.items()
+    return [name for name, field in fields if get_origin(field.annotation) is dict]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
