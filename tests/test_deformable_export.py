@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from export_support import needs_onnx, small_detector
 from torch import nn
 
-from medvision.detector import DetectorConfig, load_detector, save_detector_config, save_weights
+from medvision.detector import load_detector, save_detector_config, save_weights
 from medvision.export.check import TOLERANCE
-from medvision.export.files import EXPORT_PACKAGES
 from medvision.export.graph import export_run
-from medvision.findings.config import PredictConfig
 from medvision.models.faster_rcnn import build_faster_rcnn
 from medvision.models.two_stage_config import (
     FasterRCNNConfig,
@@ -21,7 +19,6 @@ from medvision.models.two_stage_config import (
     ProposalConfig,
     RegionConfig,
 )
-from medvision.stacks.config import StackConfig
 
 MODEL = FasterRCNNConfig(
     blocks=(1, 1, 1, 1),
@@ -32,17 +29,6 @@ MODEL = FasterRCNNConfig(
     proposals=ProposalConfig(pre_nms_top_n=40, post_nms_top_n=25),
     level_rule=LevelRuleConfig(k0=3, canonical_size=8.0),
     regions=RegionConfig(pooling="deformable", width=32),
-)
-CONFIG = DetectorConfig(
-    class_names=("dark", "bright"),
-    modality="CT",
-    stack=StackConfig(n_slices=3, pixel_mm=0.7),
-    model=MODEL,
-    predict=PredictConfig(score_thresh=0.0, box_score_thresh=0.0, batch_size=5),
-)
-needs_onnx = pytest.mark.skipif(
-    any(find_spec(name) is None for name in EXPORT_PACKAGES),
-    reason="onnx, onnxscript and onnxruntime are optional",
 )
 
 
@@ -62,7 +48,7 @@ def run(tmp_path: Path) -> Path:
     fc = network.get_submodule("box_pool.pool.fc")
     for value in fc.parameters():
         nn.init.normal_(value, std=1.0)
-    save_detector_config(tmp_path, CONFIG)
+    save_detector_config(tmp_path, small_detector(MODEL))
     save_weights(tmp_path / "best.safetensors", network.state_dict(), {})
     return tmp_path
 

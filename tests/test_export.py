@@ -8,19 +8,18 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from export_support import needs_onnx, small_detector
 from torch import Tensor, nn
 
 from medvision.cli import export as export_command
 from medvision.cli.main import main
 from medvision.detector import (
-    DetectorConfig,
     load_detector,
     load_detector_config,
     save_detector_config,
@@ -36,7 +35,6 @@ from medvision.export.files import find_exported, load_exported, require_package
 from medvision.export.graph import Exported, _write_torchscript, export_run
 from medvision.export.outputs import GraphOutputs, graph_module
 from medvision.export.two_stage import FixedLengths
-from medvision.findings.config import PredictConfig
 from medvision.models.config import RetinaNetConfig
 from medvision.models.family import build_model, detect
 from medvision.models.family_config import MODEL_CONFIGS
@@ -44,7 +42,6 @@ from medvision.models.retinanet import build_retinanet
 from medvision.predict import Predictor, find_lesions
 from medvision.sample_data.phantoms import make_phantom
 from medvision.scans.volume import Volume
-from medvision.stacks.config import StackConfig
 
 SIZES = (((4.0, 4.0),), ((9.0, 9.0),), ((20.0, 18.0),))
 MODEL = RetinaNetConfig(
@@ -55,19 +52,8 @@ MODEL = RetinaNetConfig(
     anchors_per_level=1,
     anchor_sizes=SIZES,
 )
-CONFIG = DetectorConfig(
-    class_names=("dark", "bright"),
-    modality="CT",
-    stack=StackConfig(n_slices=3, pixel_mm=0.7),
-    model=MODEL,
-    predict=PredictConfig(score_thresh=0.0, box_score_thresh=0.0, batch_size=5),
-)
+CONFIG = small_detector(MODEL)
 SHAPES = [(2, 3, 96, 128), (1, 3, 16, 16), (5, 3, 64, 208)]
-
-needs_onnx = pytest.mark.skipif(
-    any(find_spec(name) is None for name in files.EXPORT_PACKAGES),
-    reason="onnx, onnxscript and onnxruntime are optional",
-)
 
 
 @pytest.fixture(scope="module")

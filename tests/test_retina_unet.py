@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor, nn
+from learning_support import learn_by_heart, two_lesions
+from torch import nn
 from torch.nn import functional
 from torchvision.ops import box_iou
 
@@ -33,25 +34,6 @@ CONFIG = RetinaUNetConfig(
 
 def with_options(**options: object) -> RetinaUNetConfig:
     return RetinaUNetConfig.model_validate({**CONFIG.model_dump(), **options})
-
-
-def two_lesions() -> tuple[Tensor, SegmentedTarget]:
-    """Return an image ``[1, 3, 48, 48]`` with a bright and a large dim lesion, and the truth."""
-    torch.manual_seed(0)
-    image = torch.rand(1, 3, 48, 48) * 0.2
-    class_map = torch.zeros(48, 48, dtype=torch.uint8)
-    for rows, columns, value, number in (
-        (slice(20, 26), slice(30, 38), 0.9, 1),
-        (slice(28, 44), slice(8, 22), 0.6, 2),
-    ):
-        image[:, :, rows, columns] = value
-        class_map[rows, columns] = number
-    return image, {
-        "boxes": torch.tensor([[30.0, 20, 38, 26], [8, 28, 22, 44]]),
-        "labels": torch.tensor([0, 1]),
-        "ignored": torch.zeros(0, 4),
-        "class_map": class_map,
-    }
 
 
 def without_map(target: SegmentedTarget) -> SegmentedTarget:
@@ -177,17 +159,7 @@ def test_boxes_and_masks_of_one_image_are_learnt_by_heart(stride: int) -> None:
     network = build_retina_unet(config, 3, 2)
     criterion = RetinaUNetCriterion(config, torch.ones(2))
     image, target = two_lesions()
-    optimizer = torch.optim.Adam(network.parameters(), 4e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 120)
-    totals = []
-    for _ in range(120):
-        losses = criterion(network(image), [target])
-        total = torch.stack(list(losses.values())).sum()
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        schedule.step()
-        totals.append(total.item())
+    totals = learn_by_heart(network, criterion, image, target, 120)
     assert totals[-1] < 0.1 < 1 < totals[0], f"{totals[0]:.3f} -> {totals[-1]:.3f}"
     # In training mode: running statistics lag behind after so few steps.
     with torch.no_grad():

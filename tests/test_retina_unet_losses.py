@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from learning_support import learn_by_heart, two_lesions
 
 from medvision.models.retina_unet import (
     RetinaUNetCriterion,
-    SegmentedTarget,
     build_retina_unet,
     select_with_masks,
 )
 from medvision.models.retina_unet_config import RetinaUNetConfig
 
 SIZES = (((4.0, 4.0), (6.0, 7.0)), ((9.0, 9.0), (13.0, 12.0)), ((20.0, 18.0), (30.0, 33.0)))
-LESIONS = ((slice(20, 26), slice(30, 38), 0.9), (slice(28, 44), slice(8, 22), 0.6))
-"""Rows, columns and grey."""
-
 LOSSES = {
     "focal": {"focal": 1.0},
     "tversky": {"tversky": 1.0},
@@ -27,21 +23,6 @@ LOSSES = {
 
 STEPS = 200
 """More than with the default losses: an overlap loss alone teaches the smaller lesion late."""
-
-
-def two_lesions() -> tuple[Tensor, SegmentedTarget]:
-    """Return an image ``[1, 3, 48, 48]`` with a lesion of each of two classes, and the truth."""
-    image = torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(0)) * 0.2
-    class_map = torch.zeros(48, 48, dtype=torch.uint8)
-    for number, (rows, columns, grey) in enumerate(LESIONS, start=1):
-        image[:, :, rows, columns] = grey
-        class_map[rows, columns] = number
-    return image, {
-        "boxes": torch.tensor([[30.0, 20, 38, 26], [8, 28, 22, 44]]),
-        "labels": torch.tensor([0, 1]),
-        "ignored": torch.zeros(0, 4),
-        "class_map": class_map,
-    }
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -60,18 +41,8 @@ def test_boxes_and_masks_are_learnt_by_heart_with_other_losses(name: str) -> Non
     network = build_retina_unet(config, 3, 2)
     criterion = RetinaUNetCriterion(config, torch.ones(2))
     image, target = two_lesions()
-    optimizer = torch.optim.Adam(network.parameters(), 4e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    first, last = 0.0, 0.0
-    for step in range(STEPS):
-        losses = criterion(network(image), [target])
-        total = torch.stack(list(losses.values())).sum()
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        schedule.step()
-        first, last = (total.item() if step == 0 else first), total.item()
-    assert last < 0.1 < 1 < first, f"{first:.3f} -> {last:.3f}"
+    totals = learn_by_heart(network, criterion, image, target, STEPS)
+    assert totals[-1] < 0.1 < 1 < totals[0], f"{totals[0]:.3f} -> {totals[-1]:.3f}"
     # In training mode: running statistics lag behind after so few steps.
     with torch.no_grad():
         raw = network(image)

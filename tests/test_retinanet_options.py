@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from learning_support import learn_by_heart, two_lesions
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
@@ -42,7 +43,7 @@ from medvision.models.lesion_losses import (
     varifocal_loss,
 )
 from medvision.models.matcher import BACKGROUND, IGNORED, by_atss, match_iou
-from medvision.models.retinanet import Head, RawDetections, RetinaNet, build_retinanet
+from medvision.models.retinanet import Head, RawDetections, build_retinanet
 
 SIZES = (((4.0, 4.0), (6.0, 7.0)), ((9.0, 9.0), (13.0, 12.0)), ((20.0, 18.0), (30.0, 33.0)))
 CONFIG = RetinaNetConfig(width=8, pyramid_channels=16, anchor_sizes=SIZES)
@@ -470,32 +471,13 @@ LEARNT = [
 ]
 
 
-def learn_by_heart(network: RetinaNet, criterion: Criterion, steps: int) -> list[float]:
-    """Train on one image with two lesions; return the total loss of every step."""
-    image = torch.rand(1, 3, 48, 48) * 0.2
-    image[:, :, 20:26, 30:38] = 0.9
-    image[:, :, 28:44, 8:22] = 0.6
-    target = target_of([[30, 20, 38, 26], [8, 28, 22, 44]], [0, 1])
-    optimizer = torch.optim.Adam(network.parameters(), 4e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    totals = []
-    for _ in range(steps):
-        losses = criterion(network(image), [target])
-        total = torch.stack(list(losses.values())).sum()
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        schedule.step()
-        totals.append(total.item())
-    return totals
-
-
 @pytest.mark.parametrize(("lesion", "box", "matcher"), LEARNT)
 def test_one_batch_is_learnt_to_near_zero_loss(lesion: str, box: str, matcher: str) -> None:
     torch.manual_seed(0)
     config = with_options(lesion_loss=lesion, box_loss=box, matcher=matcher)
     network = build_retinanet(config, 3, 2)
-    totals = learn_by_heart(network, Criterion(config, torch.ones(2)), 120)
+    image, target = two_lesions()
+    totals = learn_by_heart(network, Criterion(config, torch.ones(2)), image, target, 120)
     assert totals[-1] < 0.1 < 1 < totals[0], f"{totals[0]:.3f} -> {totals[-1]:.4f}"
 
 

@@ -19,21 +19,13 @@ from medvision.models.criterion import Criterion
 from medvision.models.faster_rcnn import FasterRCNNCriterion
 from medvision.models.roi_levels import fit_level_rule
 from medvision.models.unet_criterion import SegmentationCriterion
-from medvision.sample_data.phantoms import write_phantom_dataset
 from medvision.training.config import TrainConfig, make_train_config
 from medvision.training.dry_run import FITTED, dry_run
-from medvision.training.prepare import fit_detector, prepare_data
+from medvision.training.prepare import fit_detector, prepare_data, slice_box_sizes
 from medvision.training.train import make_trainer, train
 
 TWO_STAGE = {"name": "faster-rcnn", "width": 8, "pyramid_channels": 8, "regions": {"width": 16}}
 UNET = {"name": "unet", "base_channels": 4, "depth": 3}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_phantom_dataset(folder, 5)
-    return folder
 
 
 def trainer_of(data: Path, run: Path, config: TrainConfig) -> tuple[Any, tuple[str, ...]]:
@@ -55,28 +47,30 @@ def weights_of(criterion: object) -> torch.Tensor:
 
 @pytest.mark.parametrize("model", [{"width": 8}, TWO_STAGE, UNET], ids=["retinanet", "two", "unet"])
 def test_a_class_has_the_weight_that_it_was_given(
-    data: Path, tmp_path: Path, model: dict[str, object]
+    phantom_data: Path, tmp_path: Path, model: dict[str, object]
 ) -> None:
     given = small(model=model, class_weights={"solid": 2.5})
-    trainer, names = trainer_of(data, tmp_path, given)
+    trainer, names = trainer_of(phantom_data, tmp_path, given)
     weights = dict(zip(names, weights_of(trainer.criterion).tolist(), strict=True))
     assert weights.pop("solid") == 2.5
     assert weights
     assert set(weights.values()) == {1.0}
 
 
-def test_without_any_the_weights_follow_from_the_counts(data: Path, tmp_path: Path) -> None:
-    trainer, names = trainer_of(data, tmp_path, small())
-    cases, _ = prepare_data(data, tmp_path, small(), lambda _: None)
+def test_without_any_the_weights_follow_from_the_counts(phantom_data: Path, tmp_path: Path) -> None:
+    trainer, names = trainer_of(phantom_data, tmp_path, small())
+    cases, _ = prepare_data(phantom_data, tmp_path, small(), lambda _: None)
     found = [item.class_name for case in cases.training for item in case.annotations()]
     roots = np.array([max(found.count(name), 1) for name in names]) ** -0.5
     expected = torch.tensor(roots / roots.mean(), dtype=torch.float32)
     torch.testing.assert_close(weights_of(trainer.criterion), expected)
 
 
-def test_a_weight_of_a_class_that_is_not_there_is_refused(data: Path, tmp_path: Path) -> None:
+def test_a_weight_of_a_class_that_is_not_there_is_refused(
+    phantom_data: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match="names a class that no lesion has: 'sollid'") as refused:
-        train(data, tmp_path, small(class_weights={"sollid": 2.0}))
+        train(phantom_data, tmp_path, small(class_weights={"sollid": 2.0}))
     assert "Name solid" in str(refused.value)
 
 
@@ -119,15 +113,16 @@ def test_a_deep_network_with_frozen_statistics_of_no_weights_would_overflow() ->
         assert backbone(torch.randn(1, 3, 64, 64))[-1].std() > 1e4
 
 
-def test_the_level_rule_is_fitted_to_the_boxes_and_written_down(data: Path, tmp_path: Path) -> None:
+def test_the_level_rule_is_fitted_to_the_boxes_and_written_down(
+    phantom_data: Path, tmp_path: Path
+) -> None:
     config = small(model=TWO_STAGE)
-    train(data, tmp_path / "run", config)
+    train(phantom_data, tmp_path / "run", config)
     written = json.loads((tmp_path / "run" / "detector.json").read_text())["model"]["level_rule"]
-    cases, _ = prepare_data(data, tmp_path / "cache", config, lambda _: None)
-    edges = np.array([item.box for case in cases.training for item in case.slice_boxes()])
-    k0, canonical = fit_level_rule(edges[:, 2:] - edges[:, :2], config.model.strides)
+    cases, _ = prepare_data(phantom_data, tmp_path / "cache", config, lambda _: None)
+    k0, canonical = fit_level_rule(slice_box_sizes(cases.training), config.model.strides)
     assert written == {"k0": k0, "canonical_size": canonical}
-    listed = {item.name: item for item in dry_run(data, config).settings}
+    listed = {item.name: item for item in dry_run(phantom_data, config).settings}
     for name in ("k0", "canonical_size"):
         assert listed[f"model.level_rule.{name}"].value == written[name]
         assert listed[f"model.level_rule.{name}"].source == FITTED

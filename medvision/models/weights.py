@@ -60,15 +60,11 @@ def load_pretrained(backbone: Backbone, name: str, weights: str) -> str:
 
 
 def check_weights(name: str | None, weights: str | None) -> None:
-    """Refuse before any work is done a backbone that is not known, and weights that cannot be for it.
+    """Refuse before any work is done weights that cannot be for the backbone ``name``, a known one.
 
     Nothing is downloaded or read. UsageError.
     """
-    if name is None:
-        return
-    if name != NARROW:
-        build_backbone(name, COLOURS)
-    if weights is None:
+    if name is None or weights is None:
         return
     path = Path(weights)
     if path.is_dir():

@@ -161,13 +161,16 @@ def made_cases(
     """Return the planned training and test cases, each made when it is asked for."""
     chest = sources.chest
     own = agreed_nodule(sources.own_nodule, chest.volume, readers=1)
-    numbers = [i for i, plan in enumerate(train) if plan.elsewhere]
-    places = dict(zip(numbers, choose_elsewhere(chest, config, len(numbers)), strict=True))
+
+    def trained() -> Iterator[MadeCase]:
+        elsewhere = sum(plan.elsewhere for plan in train)
+        places = iter(choose_elsewhere(chest, config, elsewhere))
+        for index, plan in enumerate(train):
+            place = next(places) if plan.elsewhere else None
+            yield make_train_case(chest, plan, index, config, own, place)
+
     return (
-        (
-            make_train_case(chest, plan, i, config, own, places.get(i))
-            for i, plan in enumerate(train)
-        ),
+        trained(),
         (make_test_case(chest, plan, i, config, own) for i, plan in enumerate(test)),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from medvision.datasets.discover import Case, find_cases, load_case
 from medvision.datasets.split import split_cases
 from medvision.detector import DetectorConfig
-from medvision.errors import InputError, MedvisionError
+from medvision.errors import InputError, MedvisionError, UsageError
 from medvision.geometry import spacing_of
 from medvision.models.anchors import AnchorSizes, fit_anchor_sizes, shape_iou
 from medvision.models.family import NEED_MASKS
@@ -46,7 +47,8 @@ def prepare_data(
     """Read, resample and cache all cases of ``data``; return them split, and the pixel size in mm.
 
     One bad case never stops the rest: it is left out and named. Raises InputError if no case or no
-    lesion is left, or no lesion has an outline and the model draws outlines.
+    lesion is left, or no lesion has an outline and the model draws outlines; UsageError if a class weight
+    is of a class that no lesion has.
     """
     dataset = find_cases(data)
     left_out = [(name, "no label file: unlabelled, not healthy") for name in dataset.unlabelled]
@@ -73,8 +75,19 @@ def prepare_data(
             why=_first_reason(left_out),
             do="Check that labels/ holds a label volume for each scan, with values above 0 on lesions.",
         )
+    _check_class_weights(classes, config)
     _check_outlines(training, classes, config.model, data)
     return TrainingData(training, validation, classes, tuple(left_out)), pixel_mm
+
+
+def _check_class_weights(classes: tuple[str, ...], config: TrainConfig) -> None:
+    for name in config.class_weights:
+        if name not in classes:
+            near = difflib.get_close_matches(name, classes, 1) or classes
+            raise UsageError(
+                f"Setting 'class_weights' names a class that no lesion has: {name!r}.",
+                do=f"Name {' or '.join(near)}.",
+            )
 
 
 def _check_outlines(

@@ -227,15 +227,15 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         border = (self._size - self.sampling.crop_size) // 2
         cutout = self._cutouts[chosen]
         zoom = self.sampling.paste_zoom
-        before = stack.copy()
+        outlined = lesion.label not in self.cases[lesion.case].boxed
+        before = None if outlined else stack.copy()
         mask = paste(stack, labels > 0, cutout, offsets, width, border, generator, zoom)
         if mask is None:
             return nowhere
-        outlined = lesion.label not in self.cases[lesion.case].boxed
         table.append(CropLabel(lesion.class_index, int(mask.sum()), True, outlined))
         labels[mask] = len(table)
         # Of the lesion's box no more came here than what was changed.
-        return nowhere if outlined else (stack != before).any(axis=0)
+        return nowhere if before is None else (stack != before).any(axis=0)
 
 
 def labels_by_plane(labels: NDArray[np.integer]) -> dict[int, set[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import hashlib
 import json
 import logging
@@ -187,9 +186,9 @@ def _train(
 
 
 def check_before_reading(config: TrainConfig) -> None:
-    """Refuse before any scan is read what the backbone cannot be. UsageError."""
-    check_weights(backbone_name(config.model), config.weights)
+    """Refuse before any scan is read a backbone, or weights of it, that cannot be. UsageError."""
     check_backbone(config.model, config.stack.n_slices)
+    check_weights(backbone_name(config.model), config.weights)
 
 
 def _check_same_split(run: Path, cases: TrainingData) -> None:
@@ -284,16 +283,9 @@ def _class_weights(
 ) -> torch.Tensor:
     """Return the loss weights that the settings name, else the inverse roots of the counts, mean 1.
 
-    The root is half way to equal classes. UsageError for a class that the data do not have.
+    The root is half way to equal classes.
     """
     given = config.class_weights
-    for name in given:
-        if name not in class_names:
-            near = difflib.get_close_matches(name, class_names, 1) or class_names
-            raise UsageError(
-                f"Setting 'class_weights' names a class that no lesion has: {name!r}.",
-                do=f"Name {' or '.join(near)}.",
-            )
     if given:
         return torch.tensor([given.get(name, 1.0) for name in class_names])
     weights = np.array([max(counts.get(name, 1), 1) for name in class_names]) ** -0.5
