@@ -132,7 +132,7 @@ def test_it_is_told_how_many_lesions_have_no_outline(
 def test_mask_r_cnn_learns_masks_from_the_outlined_alone(
     mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[list[int], float, bool]] = []
+    seen: list[tuple[int, float, bool]] = []
     step = Trainer.step
 
     def noted(self: Trainer, images: Any, targets: Any, *given: Any) -> Any:
@@ -141,20 +141,20 @@ def test_mask_r_cnn_learns_masks_from_the_outlined_alone(
             group["weight_decay"] = 0.0
         losses = step(self, images, targets, *given)
         moved = not torch.equal(before, self.network.mask_branch.head.mask.weight)
-        boxes = [len(target["boxes"]) for target in targets if "masks" in target]
-        seen.append((boxes, losses["mask"], moved))
+        outlined = sum(int(target["masks"].flatten(1).any(dim=1).sum()) for target in targets)
+        seen.append((outlined, losses["mask"], moved))
         return losses
 
     monkeypatch.setattr(Trainer, "step", noted)
     sampling = {"crop_size": 32, "lesion_share": 1.0, "paste_share": 0.0}
     train(mixed, tmp_path, small_model("mask-rcnn", steps=12, batch_size=1, sampling=sampling))
-    without = [loss for boxes, loss, _ in seen if boxes == []]
-    learned = [loss for boxes, loss, _ in seen if sum(boxes)]
+    without = [loss for outlined, loss, _ in seen if not outlined]
+    learned = [loss for outlined, loss, _ in seen if outlined]
     assert len(without) > 2
     assert set(without) == {0.0}
     assert len(learned) > 2
     assert min(learned) > 0
-    first = next(index for index, (boxes, _, _) in enumerate(seen) if sum(boxes))
+    first = next(index for index, (outlined, _, _) in enumerate(seen) if outlined)
     assert [moved for _, _, moved in seen[: first + 1]] == [False] * first + [True]
 
 

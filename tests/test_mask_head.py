@@ -118,7 +118,7 @@ def test_no_region_gives_no_loss_but_a_gradient() -> None:
 
 
 def test_regions_without_outlines_are_left_out() -> None:
-    with_masks = target(torch.zeros(1, 8, 8, dtype=torch.bool), [[1.0, 1.0, 3.0, 3.0]])
+    with_masks = target(torch.ones(1, 8, 8, dtype=torch.bool), [[1.0, 1.0, 3.0, 3.0]])
     without: MaskTarget = {
         "boxes": with_masks["boxes"],
         "labels": with_masks["labels"],
@@ -129,3 +129,17 @@ def test_regions_without_outlines_are_left_out() -> None:
     assert torch.equal(kept[0], boxes[1:3])
     assert rows[0].tolist() == [0, 0]
     assert len(kept[1]) == len(rows[1]) == 0
+
+
+def test_a_lesion_without_an_outline_takes_none_of_the_others_regions() -> None:
+    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
+    masks[0, 1:3, 1:3] = masks[2, 5:7, 5:7] = True
+    image = target(masks, [[1, 1, 3, 3], [3, 3, 5, 5], [5, 5, 7, 7]])
+    boxes = torch.rand(6, 4)
+    matched = torch.tensor([1, -1, 2, 1, -2, 0])
+    kept, rows = masks_to_train([boxes], [matched], [image], 8)
+    assert torch.equal(kept[0], boxes[[2, 5]])
+    assert rows[0].tolist() == [2, 0]
+    assert masks_to_train([boxes], [matched], [image], 1)[1][0].tolist() == [2]
+    image["masks"] = masks & False
+    assert len(masks_to_train([boxes], [matched], [image], 8)[0][0]) == 0

@@ -110,7 +110,8 @@ def test_of_a_lesion_without_an_outline_the_box_alone_is_learned() -> None:
     known = make_target(*two_lesions(True, True), 0.5, OUTLINES)
     for key in ("boxes", "labels", "ignored"):
         assert torch.equal(target[key], known[key])  # type: ignore[literal-required]
-    assert "masks" not in target
+    assert torch.equal(target["masks"][0], known["masks"][0])
+    assert target["masks"].flatten(1).any(dim=1).tolist() == [True, False]
     expected = np.where(labels == 1, 2, np.where(region, IGNORED, 0))
     assert (target["class_map"].numpy() == expected).all()
     # One outline is no border, whatever ellipse is beside it.
@@ -156,7 +157,8 @@ def test_boxes_and_draws_do_not_ask_for_outlines(tmp_path: Path) -> None:
         for key in ("boxes", "labels", "ignored"):
             assert torch.equal(one.target[key], other.target[key])  # type: ignore[literal-required]
         there: Any = one.target
-        assert ("masks" in there) == (len(there["boxes"]) == 0)
+        assert there["masks"].shape == (len(there["boxes"]), *there["class_map"].shape)
+        assert not there["masks"].any()
         assert set(there["class_map"].unique().tolist()) <= {0, IGNORED}
         assert there["added_weights"].max() == 0
         assert len(other.target["masks"]) == len(there["boxes"])  # type: ignore[typeddict-item]
@@ -206,7 +208,8 @@ def test_a_pasted_lesion_without_an_outline_is_ignored_where_it_changed_the_crop
             continue
         pasted += 1
         assert len(target["boxes"]) + len(target["ignored"]) == 1
-        assert ("masks" in target) == (len(target["boxes"]) == 0)
+        assert len(target["masks"]) == len(target["boxes"])
+        assert not target["masks"].any()
         # Beyond the window's ends a change does not show in the image.
         assert (target["class_map"][changed] == IGNORED).all()
         kept = target["class_map"] == 0

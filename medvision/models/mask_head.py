@@ -20,7 +20,7 @@ from medvision.models.two_stage_config import MaskConfig
 class MaskTarget(Target, total=False):
     """A target that may hold the lesions' outlines too, one for each of its boxes."""
 
-    masks: Tensor  # [n, rows, columns] bool, in pixels of the image
+    masks: Tensor  # [n, rows, columns] bool, in pixels of the image; empty where it is not known
 
 
 class MaskDetections(Detections, total=False):
@@ -111,11 +111,16 @@ def masks_to_train(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return for each image its first ``most`` regions that stand for a lesion, and for which.
 
-    Images whose target has no ``masks`` give none: boxes alone say nothing of the outline.
+    A lesion whose mask is empty gives none, nor does an image whose target has no ``masks``: a box alone
+    says nothing of the outline.
     """
     kept_boxes, kept_matched = [], []
     for part, row, target in zip(boxes, matched, targets, strict=True):
-        rows = torch.where(row >= 0)[0][: most if "masks" in target else 0]
+        outlined = row >= 0
+        if "masks" in target:
+            known = target["masks"].flatten(1).any(dim=1)
+            outlined[outlined.clone()] = known[row[outlined]]
+        rows = torch.where(outlined)[0][: most if "masks" in target else 0]
         kept_boxes.append(part[rows])
         kept_matched.append(row[rows])
     return kept_boxes, kept_matched

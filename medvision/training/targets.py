@@ -91,7 +91,7 @@ class OutlineTargets(NamedTuple):
 class TrainingTarget(Target, total=False):
     """The truth of a crop, with what models that draw outlines are trained from."""
 
-    masks: Tensor  # [n, row, column] bool, one for each box; absent if one of them has no known outline
+    masks: Tensor  # [n, row, column] bool, one for each box; empty where the outline is not known
     class_map: Tensor  # [row, column], 0 background, 1.. classes, 255 ignored
     added_weights: Tensor  # [row, column], where the losses of a segmentation weigh borders
 
@@ -139,10 +139,9 @@ def _add_outlines(
 ) -> None:
     """Add what models that draw outlines learn from; ``counted`` has the class of each value with a box."""
     guessed = [value for value, entry in enumerate(table, start=1) if not entry.outlined]
-    if counted.keys().isdisjoint(guessed):
-        # The mask head takes a mask for every box of a crop, or none at all.
-        drawn = labels[None] == np.array(list(counted), dtype=np.uint8)[:, None, None]
-        target["masks"] = torch.from_numpy(drawn)
+    drawn = labels[None] == np.array(list(counted), dtype=np.uint8)[:, None, None]
+    drawn &= np.array([value not in guessed for value in counted], dtype=bool)[:, None, None]
+    target["masks"] = torch.from_numpy(drawn)
     meant = [
         counted.get(value) if entry.outlined else None for value, entry in enumerate(table, start=1)
     ]
