@@ -29,21 +29,17 @@ from medvision.models.faster_rcnn import (
     FasterRCNNCriterion,
     RawRegions,
     build_faster_rcnn,
-    region_class_loss,
 )
 from medvision.models.mask_head import MaskTarget
 from medvision.models.matcher import BACKGROUND, IGNORED
+from medvision.models.proposal_training import draw_sample, match_anchors, proposal_losses
 from medvision.models.proposals import (
     ProposalRecall,
     RawProposals,
-    draw_sample,
-    hardest_regions,
-    match_anchors,
-    match_regions,
-    proposal_losses,
     proposal_recall,
     select_proposals,
 )
+from medvision.models.region_training import hardest_regions, match_regions, region_class_loss
 from medvision.models.roi_levels import RoIAlign
 from medvision.models.two_stage_config import (
     FasterRCNNConfig,
@@ -446,6 +442,9 @@ VARIANTS = {
     ),
     "random and focal": FasterRCNNConfig(
         **SMALL, regions=RegionConfig(width=64, sampling="random", loss="focal")
+    ),
+    "convolutions look at regions": FasterRCNNConfig(
+        **SMALL, regions=RegionConfig(width=64, head="convolutions")
     ),
     "proposals focal and iou": FasterRCNNConfig(
         **SMALL, regions=REGIONS, proposals=ProposalConfig(loss="focal", matcher="iou")

@@ -32,9 +32,10 @@ from torchvision_support import resnet18_fpn, seen_by, shake
 from medvision.models.anchors import level_anchors
 from medvision.models.box_coder import decode_boxes
 from medvision.models.box_losses import diou_loss, giou_loss, paired_iou, smooth_l1_loss
-from medvision.models.choices import BOX_LOSSES, LESION_LOSSES, MATCHERS, find_choice
+from medvision.models.choices import BOX_LOSSES, HEADS, LESION_LOSSES, MATCHERS, find_choice
 from medvision.models.config import RetinaNetConfig
 from medvision.models.criterion import Criterion, Target
+from medvision.models.heads import SeparateTowers
 from medvision.models.lesion_losses import (
     balanced_cross_entropy,
     focal_loss,
@@ -43,7 +44,7 @@ from medvision.models.lesion_losses import (
     varifocal_loss,
 )
 from medvision.models.matcher import BACKGROUND, IGNORED, by_atss, match_iou
-from medvision.models.retinanet import Head, RawDetections, build_retinanet
+from medvision.models.retinanet import RawDetections, build_retinanet
 
 SIZES = (((4.0, 4.0), (6.0, 7.0)), ((9.0, 9.0), (13.0, 12.0)), ((20.0, 18.0), (30.0, 33.0)))
 CONFIG = RetinaNetConfig(width=8, pyramid_channels=16, anchor_sizes=SIZES)
@@ -107,7 +108,7 @@ def torchvision_heads(channels: int, shapes: int, classes: int) -> tuple[nn.Modu
     return lesion.eval(), category.eval(), box.eval()
 
 
-def copy_head(ours: Head, lesion: Any, category: Any, box: Any) -> None:
+def copy_head(ours: SeparateTowers, lesion: Any, category: Any, box: Any) -> None:
     copy_tower(ours.class_tower, lesion)
     copy_tower(ours.box_tower, box)
     ours.lesion.load_state_dict(lesion.cls_logits.state_dict())
@@ -465,16 +466,19 @@ def test_a_lesion_beside_a_healthy_image_raises_scores_only_there(
 
 
 LEARNT = [
-    *((name, "giou", "atss") for name in LESION_LOSSES),
-    ("focal", "diou", "iou"),
-    ("varifocal", "smooth-l1", "iou"),
+    *((name, "giou", "atss", "separate") for name in LESION_LOSSES),
+    ("focal", "diou", "iou", "separate"),
+    ("varifocal", "smooth-l1", "iou", "separate"),
+    ("focal", "giou", "atss", "shared"),
 ]
 
 
-@pytest.mark.parametrize(("lesion", "box", "matcher"), LEARNT)
-def test_one_batch_is_learnt_to_near_zero_loss(lesion: str, box: str, matcher: str) -> None:
+@pytest.mark.parametrize(("lesion", "box", "matcher", "head"), LEARNT)
+def test_one_batch_is_learnt_to_near_zero_loss(
+    lesion: str, box: str, matcher: str, head: str
+) -> None:
     torch.manual_seed(0)
-    config = with_options(lesion_loss=lesion, box_loss=box, matcher=matcher)
+    config = with_options(lesion_loss=lesion, box_loss=box, matcher=matcher, head=head)
     network = build_retinanet(config, 3, 2)
     image, target = two_lesions()
     totals = learn_by_heart(network, Criterion(config, torch.ones(2)), image, target, 120)
@@ -484,9 +488,10 @@ def test_one_batch_is_learnt_to_near_zero_loss(lesion: str, box: str, matcher: s
 # --- the network as a function of the image --------------------------------------------------------
 
 
-def test_predictions_do_not_depend_on_the_rest_of_the_batch() -> None:
+@pytest.mark.parametrize("head", HEADS)
+def test_predictions_do_not_depend_on_the_rest_of_the_batch(head: str) -> None:
     torch.manual_seed(0)
-    network = build_retinanet(CONFIG, 3, 2)
+    network = build_retinanet(with_options(head=head), 3, 2)
     randomise(network)
     network.eval()
     images = torch.rand(4, 3, 48, 64)
@@ -498,10 +503,11 @@ def test_predictions_do_not_depend_on_the_rest_of_the_batch() -> None:
         torch.testing.assert_close(parts, getattr(together, name), atol=1e-4, rtol=1e-4)
 
 
-def test_a_shift_by_the_total_stride_shifts_the_outputs() -> None:
+@pytest.mark.parametrize("head", HEADS)
+def test_a_shift_by_the_total_stride_shifts_the_outputs(head: str) -> None:
     """Borders are joined, so that nothing enters or leaves and all anchors can be compared."""
     torch.manual_seed(0)
-    network = build_retinanet(CONFIG, 3, 2).eval()
+    network = build_retinanet(with_options(head=head), 3, 2).eval()
     for part in network.modules():
         if isinstance(part, nn.Conv2d) and part.kernel_size != (1, 1):
             part.padding_mode = "circular"
@@ -522,8 +528,9 @@ def test_a_shift_by_the_total_stride_shifts_the_outputs() -> None:
             torch.testing.assert_close(after.reshape(grid), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_at_the_start_every_anchor_is_a_lesion_with_one_percent() -> None:
-    network = build_retinanet(CONFIG, 3, 2).eval()
+@pytest.mark.parametrize("head", HEADS)
+def test_at_the_start_every_anchor_is_a_lesion_with_one_percent(head: str) -> None:
+    network = build_retinanet(with_options(head=head), 3, 2).eval()
     with torch.no_grad():
         raw = network(torch.zeros(1, 3, 64, 64))
     # Weights of 0.01 on features of about 1 move it by little.

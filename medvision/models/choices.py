@@ -1,7 +1,7 @@
 """What settings choose by name, and where it is written; read without torch.
 
-A new backbone, or a new loss or matcher of RetinaNet and Retina U-Net, is a file of its own and a line here:
-settings, their schema, the messages that list the names, and training follow.
+A new backbone, head, loss or matcher is a file of its own and a line here: settings, their schema, the
+messages that list the names, and training follow.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ BACKBONES = {
     "resnet50": "medvision.models.resnet:ResNetFeatures",
     "resnet101": "medvision.models.resnet:ResNetFeatures",
     "resnet152": "medvision.models.resnet:ResNetFeatures",
+}
+# channels, depth, pyramid levels, anchors a place, classes -> medvision.models.heads.Head
+HEADS = {
+    "separate": "medvision.models.heads:SeparateTowers",
+    "shared": "medvision.models.heads:SharedTower",
 }
 # medvision.models.lesion_losses.Judged, settings -> sum over the anchors that count
 LESION_LOSSES = {
@@ -52,6 +57,26 @@ SEGMENTATION_LOSSES = {
 MATCHERS = {
     "atss": "medvision.models.matcher:by_atss",
     "iou": "medvision.models.matcher:by_iou",
+}
+# The same of the first of two stages, with the settings of its proposals.
+PROPOSAL_MATCHERS = {
+    "atss": "medvision.models.proposal_training:by_atss",
+    "iou": "medvision.models.proposal_training:by_iou",
+}
+# each a medvision.models.proposal_training.ObjectnessLoss
+PROPOSAL_LOSSES = {
+    "focal": "medvision.models.proposal_training:FOCAL",
+    "sampled": "medvision.models.proposal_training:SAMPLED",
+}
+# channels, bins along a side, width, classes -> medvision.models.region_heads.RegionHead
+REGION_HEADS = {
+    "linear": "medvision.models.region_heads:LinearHead",
+    "convolutions": "medvision.models.region_heads:ConvolutionHead",
+}
+# each a medvision.models.region_training.RegionLoss
+REGION_LOSSES = {
+    "cross-entropy": "medvision.models.region_training:CROSS_ENTROPY",
+    "focal": "medvision.models.region_training:FOCAL",
 }
 
 

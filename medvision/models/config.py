@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from medvision.models.choices import BOX_LOSSES, LESION_LOSSES, MATCHERS, OneOf
+from medvision.models.choices import BOX_LOSSES, HEADS, LESION_LOSSES, MATCHERS, OneOf
 from medvision.models.pyramid_config import PyramidConfig
 
+HeadName = Annotated[str, OneOf(HEADS)]
 LesionLoss = Annotated[str, OneOf(LESION_LOSSES)]
 BoxLoss = Annotated[str, OneOf(BOX_LOSSES)]
 MatcherName = Annotated[str, OneOf(MATCHERS)]
@@ -18,6 +19,10 @@ class RetinaNetConfig(PyramidConfig):
     """The network: a backbone, a feature pyramid and one head on all its levels."""
 
     name: Literal["retinanet"] = "retinanet"
+    head: HeadName = Field(
+        "separate",
+        description="convolutions before the outputs: separate for the class and the box, or shared",
+    )
     head_depth: int = Field(2, ge=1, description="3 x 3 convolutions before each output")
     lesion_loss: LesionLoss = Field("focal", description="loss of the lesion score, on all anchors")
     focal_alpha: float = Field(0.25, gt=0, lt=1, description="weight of lesions in the focal loss")

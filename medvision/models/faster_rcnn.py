@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from medvision.models.anchors import level_anchors
 from medvision.models.backbone import Backbone
 from medvision.models.backbones import make_backbone, pyramid_channels
 from medvision.models.box_coder import decode_boxes, encode_boxes
-from medvision.models.lesion_losses import focus
+from medvision.models.choices import REGION_HEADS, REGION_LOSSES, find_choice
 from medvision.models.mask_head import (
     MaskBranch,
     MaskDetections,
@@ -25,24 +24,21 @@ from medvision.models.mask_head import (
     RawMasks,
     mask_loss,
 )
-from medvision.models.proposals import (
+from medvision.models.proposal_training import (
     SMOOTH_L1_BETA,
-    ProposalHead,
-    RawProposals,
     boxes_of,
-    hardest_regions,
     match_anchors,
-    match_regions,
     proposal_losses,
-    select_proposals,
 )
+from medvision.models.proposals import ProposalHead, RawProposals, select_proposals
 from medvision.models.pyramid import FeaturePyramid
 from medvision.models.pyramid_config import FINEST_STRIDE
+from medvision.models.region_heads import RegionHead
+from medvision.models.region_training import hardest_regions, match_regions, region_class_loss
 from medvision.models.retinanet import InnerWindows
 from medvision.models.roi_levels import POOLINGS, LevelPooling, RoIAlign
-from medvision.models.two_stage_config import MaskRCNNConfig, RegionConfig, TwoStageConfig
+from medvision.models.two_stage_config import MaskRCNNConfig, TwoStageConfig
 
-_PRIOR_BACKGROUND = 0.9
 DELTA_SCALE = (10.0, 10.0, 5.0, 5.0)
 """The second stage's deltas are small; scaled so they have a deviation of about 1 (Fast R-CNN's code)."""
 
@@ -67,34 +63,6 @@ class RawRegions(NamedTuple):
     matches: Matches | None = None  # in training
 
 
-class BoxHead(nn.Module):
-    """Two fully connected layers, then class and box: Ren et al. 2015; on a pyramid Lin et al. 2017.
-
-    The box is corrected alike whatever the class: a rare class has too few boxes to learn its own from.
-    """
-
-    def __init__(self, channels: int, pool_size: int, width: int, classes: int) -> None:
-        super().__init__()
-        self.fc6 = nn.Linear(channels * pool_size**2, width)
-        self.fc7 = nn.Linear(width, width)
-        self.category = nn.Linear(width, 1 + classes)
-        self.box = nn.Linear(width, 4)
-        for part in (self.fc6, self.fc7, self.category, self.box):
-            nn.init.kaiming_uniform_(part.weight, a=1)
-            nn.init.zeros_(part.bias)
-        nn.init.normal_(self.category.weight, std=0.01)
-        nn.init.normal_(self.box.weight, std=0.001)
-        # Most regions are background: were that to be learnt first, units that see lesions would die of it.
-        odds = _PRIOR_BACKGROUND / (1 - _PRIOR_BACKGROUND)
-        nn.init.constant_(self.category.bias[:1], math.log(odds * classes))
-
-    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Take ``[n, channel, size, size]`` to logits ``[n, 1 + classes]`` and deltas ``[n, 4]``."""
-        features = functional.relu(self.fc6(pooled.flatten(start_dim=1)))
-        features = functional.relu(self.fc7(features))
-        return self.category(features).float(), self.box(features).float()
-
-
 class FasterRCNN(nn.Module):
     """Two-stage detector: backbone and pyramid once, proposals, then each region by itself.
 
@@ -113,7 +81,7 @@ class FasterRCNN(nn.Module):
         pyramid: FeaturePyramid,
         proposal_head: ProposalHead,
         box_pool: LevelPooling,
-        box_head: BoxHead,
+        box_head: RegionHead,
         mask_branch: MaskBranch | None = None,
     ) -> None:
         super().__init__()
@@ -252,21 +220,9 @@ class FasterRCNNCriterion(nn.Module):
             kept = hardest_regions(cost, raw.regions, settings)
             category, box, positive = category[kept], box[kept], positive[kept]
         # Both by the same number, or lesions' features would serve the box alone and be lost to the class.
-        count = positive.sum().clamp(min=1) if settings.loss == "focal" else max(len(positive), 1)
+        by_lesions = find_choice(REGION_LOSSES, settings.loss).by_lesions
+        count = positive.sum().clamp(min=1) if by_lesions else max(len(positive), 1)
         return {"class": category.sum() / count, "box": settings.box_weight * box.sum() / count}
-
-
-def region_class_loss(
-    logits: Tensor, labels: Tensor, weights: Tensor, config: RegionConfig
-) -> Tensor:
-    """Return each region's cross-entropy, or focal loss ``-(1 - p)^gamma log(p)`` of the true class.
-
-    ``logits`` is ``[n, 1 + classes]``, ``labels`` ``[n]`` with 0 background, ``weights`` ``[1 + classes]``.
-    """
-    loss = functional.cross_entropy(logits, labels, reduction="none")
-    if config.loss == "focal":
-        loss = focus(1 - (-loss).exp(), config.focal_gamma) * loss
-    return weights[labels] * loss
 
 
 def build_faster_rcnn(config: TwoStageConfig, n_slices: int, classes: int) -> FasterRCNN:
@@ -284,7 +240,8 @@ def build_faster_rcnn(config: TwoStageConfig, n_slices: int, classes: int) -> Fa
     proposal_head = ProposalHead(channels, config.anchors_per_level, config.proposals)
     level_rule = (config.strides, rule.k0, rule.canonical_size)
     pooling = POOLINGS[regions.pooling](channels, regions.pool_size, regions.sampling_ratio)
-    box_head = BoxHead(channels, regions.pool_size, regions.width, classes)
+    make_head = find_choice(REGION_HEADS, regions.head)
+    box_head = make_head(channels, regions.pool_size, regions.width, classes)
     branch = None
     if isinstance(config, MaskRCNNConfig):
         mask = config.mask

@@ -13,11 +13,12 @@ from medvision.errors import UsageError
 from medvision.models.anchors import AnchorSizes
 from medvision.models.backbone import Backbone
 from medvision.models.criterion import Criterion, Target
+from medvision.models.heads import Head
 from medvision.models.mask_head import MaskDetections
 from medvision.models.postprocess import select_detections
 from medvision.models.pyramid import FeaturePyramid
 from medvision.models.retina_unet_config import RetinaUNetConfig
-from medvision.models.retinanet import Head, InnerWindows, RawDetections, RetinaNet, build_parts
+from medvision.models.retinanet import InnerWindows, RawDetections, RetinaNet, build_parts
 from medvision.models.segmentation_losses import (
     IGNORED,
     SegmentationTruth,

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from medvision.models.anchors import AnchorSizes, level_anchors
 from medvision.models.backbone import Backbone
 from medvision.models.backbones import make_backbone, pyramid_channels
 from medvision.models.box_coder import decode_boxes
+from medvision.models.choices import HEADS, find_choice
 from medvision.models.config import RetinaNetConfig
+from medvision.models.heads import Head
 from medvision.models.pyramid import FeaturePyramid
 from medvision.models.pyramid_config import FINEST_STRIDE
-
-_PRIOR = 0.01
 
 
 class RawDetections(NamedTuple):
@@ -106,70 +104,6 @@ class InnerWindows(nn.Module):
         return torch.cat(views, dim=1) * 2 - 1
 
 
-class Head(nn.Module):
-    """Two towers of 3 x 3 convolutions: one for lesion and class, one for the box."""
-
-    def __init__(self, channels: int, depth: int, levels: int, shapes: int, classes: int) -> None:
-        super().__init__()
-        self.classes = classes
-        self.class_tower = Tower(channels, depth, levels)
-        self.box_tower = Tower(channels, depth, levels)
-        self.lesion = nn.Conv2d(channels, shapes, 3, 1, 1)
-        self.category = nn.Conv2d(channels, shapes * classes, 3, 1, 1)
-        self.box = nn.Conv2d(channels, shapes * 4, 3, 1, 1)
-        for part in (self.lesion, self.category, self.box):
-            nn.init.normal_(part.weight, std=0.01)
-            _fill_bias(part, 0.0)
-        # At the start every anchor is a lesion with 1 percent: a million easy ones then cost little.
-        _fill_bias(self.lesion, -math.log((1 - _PRIOR) / _PRIOR))
-
-    def forward(self, features: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Take level ``[batch, channel, row, column]`` to ``[batch, anchors, 1 | classes | 4]``."""
-        judged, placed = self.class_tower(features, level), self.box_tower(features, level)
-        return (
-            _per_anchor(self.lesion(judged), 1),
-            _per_anchor(self.category(judged), self.classes),
-            _per_anchor(self.box(placed), 4),
-        )
-
-
-class Tower(nn.Module):
-    """Convolutions that all levels share, with a batch norm of its own for each level.
-
-    Levels differ in their statistics, so one norm for all would fit none (Tan et al., EfficientDet,
-    CVPR 2020). A group norm would take its statistics from the picture, which in training is a crop around a
-    lesion and in use a whole slice: what it learnt would not hold there.
-    """
-
-    def __init__(self, channels: int, depth: int, levels: int) -> None:
-        super().__init__()
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(channels, channels, 3, 1, 1, bias=False) for _ in range(depth)
-        )
-        self.norms = nn.ModuleList(
-            nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(depth)) for _ in range(levels)
-        )
-
-    def forward(self, features: Tensor, level: int) -> Tensor:
-        """Take ``[batch, channel, row, column]`` of pyramid level ``level`` to the same shape."""
-        norms = self.norms[level].children()
-        for convolution, norm in zip(self.convolutions, norms, strict=True):
-            features = functional.relu(norm(convolution(features)))
-        return features
-
-
-def _fill_bias(convolution: nn.Conv2d, value: float) -> None:
-    if convolution.bias is not None:
-        nn.init.constant_(convolution.bias, value)
-
-
-def _per_anchor(output: Tensor, values: int) -> Tensor:
-    """Take ``[batch, shapes * values, row, column]`` to ``[batch, row * column * shapes, values]``."""
-    batch, _, rows, columns = output.shape
-    split = output.reshape(batch, -1, values, rows, columns)
-    return split.permute(0, 3, 4, 1, 2).reshape(batch, -1, values)
-
-
 DetectorParts = tuple[InnerWindows, Backbone, FeaturePyramid, Head]
 
 
@@ -180,8 +114,9 @@ def build_parts(config: RetinaNetConfig, n_slices: int, classes: int) -> Detecto
     backbone = make_backbone(config, in_channels)
     used = pyramid_channels(backbone)
     pyramid = FeaturePyramid(used, config.pyramid_channels, config.pyramid)
-    shapes = config.anchors_per_level
-    head = Head(config.pyramid_channels, config.head_depth, pyramid.levels, shapes, classes)
+    make_head = find_choice(HEADS, config.head)
+    sizes = (config.pyramid_channels, config.head_depth, pyramid.levels)
+    head = make_head(*sizes, config.anchors_per_level, classes)
     return windows, backbone, pyramid, head
 
 

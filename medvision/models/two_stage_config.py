@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from medvision.models.choices import (
+    PROPOSAL_LOSSES,
+    PROPOSAL_MATCHERS,
+    REGION_HEADS,
+    REGION_LOSSES,
+    OneOf,
+)
 from medvision.models.pyramid_config import PyramidConfig
 
 
@@ -25,7 +32,7 @@ class ProposalConfig(_Part):
     """The first stage: which anchors are worth a second look."""
 
     depth: int = Field(1, ge=1, description="3 x 3 convolutions before the outputs")
-    matcher: Literal["atss", "iou"] = Field(
+    matcher: Annotated[str, OneOf(PROPOSAL_MATCHERS)] = Field(
         "atss", description="which anchors stand for a lesion; iou: thresholds, as in the paper"
     )
     atss_candidates: int = Field(
@@ -36,7 +43,7 @@ class ProposalConfig(_Part):
     )
     foreground_iou: float = Field(0.7, gt=0, le=1, description="IoU of a lesion's anchor (iou)")
     background_iou: float = Field(0.3, ge=0, le=1, description="IoU under which it is none (iou)")
-    loss: Literal["focal", "sampled"] = Field(
+    loss: Annotated[str, OneOf(PROPOSAL_LOSSES)] = Field(
         "focal",
         description="focal: on all anchors; sampled: cross-entropy on some, as in the paper (the box "
         "loss is divided by the lesions' anchors, not as there)",
@@ -82,7 +89,12 @@ class RegionConfig(_Part):
     )
     pool_size: int = Field(7, ge=1, description="bins along a side of a pooled region")
     sampling_ratio: int = Field(2, ge=1, description="samples along a side of a bin")
-    width: int = Field(256, ge=8, description="units of the two fully connected layers")
+    head: Annotated[str, OneOf(REGION_HEADS)] = Field(
+        "linear",
+        description="what looks at a pooled region: two fully connected layers (linear), or four "
+        "convolutions and one such layer",
+    )
+    width: int = Field(256, ge=8, description="units of a fully connected layer")
     foreground_iou: float = Field(0.5, gt=0, le=1, description="IoU with a lesion to stand for it")
     background_iou: float = Field(
         0.4, ge=0, le=1, description="IoU under which it is background; between: not trained on"
@@ -95,7 +107,7 @@ class RegionConfig(_Part):
     ohem_nms_thresh: float = Field(
         0.7, ge=0, le=1, description="IoU above which the easier of two regions is left out (ohem)"
     )
-    loss: Literal["cross-entropy", "focal"] = Field(
+    loss: Annotated[str, OneOf(REGION_LOSSES)] = Field(
         "cross-entropy", description="loss over background and classes"
     )
     focal_gamma: float = Field(2.0, ge=0, description="how much easy regions are played down")
