@@ -16,8 +16,8 @@ $(INSTALLED): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,dev]'
 	touch $@
 
-test: $(INSTALLED) ## Run every test.
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## Run every test, on up to four cores at once.
+	$(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
 demo: $(INSTALLED) ## Fetch public data, train, predict and report: the four lines of the README.
 	$(BIN)/medvision sample data/

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,10 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # As many tests run at once as there are cores: a second thread in each would only stand in line.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # Machines that run tests are shared and slow; a deadline would only measure them.
 settings.register_profile("medvision", deadline=None, derandomize=True)
