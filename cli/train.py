@@ -57,7 +57,7 @@ class Transfer(StrEnum):
 DEFAULTS = {
     "model": "retinanet",
     "transfer": "auto",
-    "steps": "1800",
+    "steps": "2200",
     "max_minutes": "14.25",
     "seed": "0",
     "device": "auto",

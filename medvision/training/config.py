@@ -76,7 +76,7 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int = Field(1800, ge=1, description="batches to train on")
+    steps: int = Field(2200, ge=1, description="batches to train on")
     max_minutes: float = Field(
         14.25, ge=0, description="finish in this time even if steps are left; 0: no limit"
     )
