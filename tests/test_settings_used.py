@@ -71,7 +71,7 @@ def test_a_weight_of_a_class_that_is_not_there_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match="names a class that no lesion has: 'sollid'") as refused:
         train(phantom_data, tmp_path, small(class_weights={"sollid": 2.0}))
-    assert "Name solid" in str(refused.value)
+    assert "Did you mean solid?" in str(refused.value)
 
 
 @pytest.mark.parametrize(

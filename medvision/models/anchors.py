@@ -78,3 +78,13 @@ def level_anchors(size: tuple[int, int], stride: int, shapes: Tensor) -> Tensor:
     centers = torch.stack((grid_x, grid_y), dim=-1)[:, :, None]  # [rows, columns, 1, 2]
     half = (shapes / 2)[None, None]  # [1, 1, shapes, 2]
     return torch.cat((centers - half, centers + half), dim=-1).reshape(-1, 4)
+
+
+def per_anchor(output: Tensor, values: int) -> Tensor:
+    """Take ``[batch, shapes * values, row, column]`` to ``[batch, row * column * shapes, values]``.
+
+    That is the order of :func:`level_anchors`.
+    """
+    batch, _, rows, columns = output.shape
+    split = output.reshape(batch, -1, values, rows, columns)
+    return split.permute(0, 3, 4, 1, 2).reshape(batch, -1, values)

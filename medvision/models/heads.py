@@ -8,7 +8,10 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 from torch.nn import functional
 
-_PRIOR = 0.01
+from medvision.models.anchors import per_anchor
+
+PRIOR = 0.01
+"""Share of the anchors that are taken for lesions before anything is learned."""
 
 
 class Head(nn.Module, ABC):
@@ -27,7 +30,7 @@ class Head(nn.Module, ABC):
             nn.init.normal_(part.weight, std=0.01)
             _fill_bias(part, 0.0)
         # At the start every anchor is a lesion with 1 percent: a million easy ones then cost little.
-        _fill_bias(self.lesion, -math.log((1 - _PRIOR) / _PRIOR))
+        _fill_bias(self.lesion, -math.log((1 - PRIOR) / PRIOR))
 
     @abstractmethod
     def look(self, features: Tensor, level: int) -> tuple[Tensor, Tensor]:
@@ -37,9 +40,9 @@ class Head(nn.Module, ABC):
         """Take level ``[batch, channel, row, column]`` to ``[batch, anchors, 1 | classes | 4]``."""
         judged, placed = self.look(features, level)
         return (
-            _per_anchor(self.lesion(judged), 1),
-            _per_anchor(self.category(judged), self.classes),
-            _per_anchor(self.box(placed), 4),
+            per_anchor(self.lesion(judged), 1),
+            per_anchor(self.category(judged), self.classes),
+            per_anchor(self.box(placed), 4),
         )
 
 
@@ -105,10 +108,3 @@ class Tower(nn.Module):
 def _fill_bias(convolution: nn.Conv2d, value: float) -> None:
     if convolution.bias is not None:
         nn.init.constant_(convolution.bias, value)
-
-
-def _per_anchor(output: Tensor, values: int) -> Tensor:
-    """Take ``[batch, shapes * values, row, column]`` to ``[batch, row * column * shapes, values]``."""
-    batch, _, rows, columns = output.shape
-    split = output.reshape(batch, -1, values, rows, columns)
-    return split.permute(0, 3, 4, 1, 2).reshape(batch, -1, values)

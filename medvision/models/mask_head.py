@@ -116,11 +116,12 @@ def masks_to_train(
     """
     kept_boxes, kept_matched = [], []
     for part, row, target in zip(boxes, matched, targets, strict=True):
-        outlined = row >= 0
+        rows = torch.where(row >= 0)[0]
         if "masks" in target:
-            known = target["masks"].flatten(1).any(dim=1)
-            outlined[outlined.clone()] = known[row[outlined]]
-        rows = torch.where(outlined)[0][: most if "masks" in target else 0]
+            outlined = target["masks"].flatten(1).any(dim=1)
+            rows = rows[outlined[row[rows]]][:most]
+        else:
+            rows = rows[:0]
         kept_boxes.append(part[rows])
         kept_matched.append(row[rows])
     return kept_boxes, kept_matched

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
+from medvision.models.anchors import per_anchor
 from medvision.models.box_coder import decode_boxes
 from medvision.models.choices import PROPOSAL_LOSSES, find_choice
+from medvision.models.heads import PRIOR
 from medvision.models.two_stage_config import ProposalConfig
 
-_PRIOR = 0.01
 SMALLEST_SIDE = 1e-3
 """Proposals with a shorter side, pixels, are no boxes."""
 
@@ -52,7 +53,7 @@ class ProposalHead(nn.Module):
         drawn = find_choice(PROPOSAL_LOSSES, config.loss).drawn
         if not drawn and self.objectness.bias is not None:
             # At the start every anchor is a lesion with 1 percent, as in the RetinaNet's head.
-            nn.init.constant_(self.objectness.bias, math.log(_PRIOR / (1 - _PRIOR)))
+            nn.init.constant_(self.objectness.bias, math.log(PRIOR / (1 - PRIOR)))
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Take pyramid levels to objectness ``[batch, anchors]`` and deltas ``[batch, anchors, 4]``."""
@@ -60,16 +61,9 @@ class ProposalHead(nn.Module):
         for features in maps:
             for convolution in self.convolutions:
                 features = functional.relu(convolution(features))
-            logits.append(_per_anchor(self.objectness(features), 1))
-            deltas.append(_per_anchor(self.box(features), 4))
+            logits.append(per_anchor(self.objectness(features), 1))
+            deltas.append(per_anchor(self.box(features), 4))
         return torch.cat(logits, dim=1)[..., 0].float(), torch.cat(deltas, dim=1).float()
-
-
-def _per_anchor(output: Tensor, values: int) -> Tensor:
-    """Take ``[batch, shapes * values, row, column]`` to ``[batch, row * column * shapes, values]``."""
-    batch, _, rows, columns = output.shape
-    split = output.reshape(batch, -1, values, rows, columns)
-    return split.permute(0, 3, 4, 1, 2).reshape(batch, -1, values)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from medvision.progress import Progress, ProgressCallback
 from medvision.stacks.config import StackConfig
 from medvision.training.cache import CachedCase, cache_case
 from medvision.training.config import TrainConfig
+from medvision.training.settings_help import suggestion
 
 CACHE_FOLDER = "cache"
 logger = logging.getLogger(__name__)
@@ -83,10 +83,9 @@ def prepare_data(
 def _check_class_weights(classes: tuple[str, ...], config: TrainConfig) -> None:
     for name in config.class_weights:
         if name not in classes:
-            near = difflib.get_close_matches(name, classes, 1) or classes
             raise UsageError(
                 f"Setting 'class_weights' names a class that no lesion has: {name!r}.",
-                do=f"Name {' or '.join(near)}.",
+                do=suggestion(name, classes),
             )
 
 
