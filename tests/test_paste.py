@@ -75,11 +75,45 @@ def test_lung_nodules_go_into_lung_and_not_into_gas(
     assert (mask is not None) == like
 
 
-def test_a_vessel_is_not_covered(cutout: Cutout) -> None:
+def test_where_vessels_are_everywhere_there_is_no_place(cutout: Cutout) -> None:
     stack, occupied = lung()
-    stack[:, ::6] = 0.0
+    stack[:, ::3] = 0.0
     generator = np.random.default_rng(0)
     assert paste(stack, occupied, cutout, OFFSETS, 1400, 8, generator) is None
+
+
+@pytest.mark.parametrize("value", [30.0, 200.0])
+def test_a_lesion_may_be_attached_to_a_wall_which_stays_as_it_is(value: float) -> None:
+    """Of a wall beside lung nothing is covered or darkened; what lies on it is not in the mask."""
+    cutout, attached = block(8, 8), 0
+    for seed in range(200):
+        stack, occupied = lung()
+        stack[:, :, 40:] = value
+        before = stack.copy()
+        mask = paste(stack, occupied, cutout, OFFSETS, 1400, 8, np.random.default_rng(seed))
+        assert mask is not None
+        assert not mask[:, 40:].any()
+        assert 0.75 * 64 <= mask.sum() <= 64
+        assert (stack[1][mask] > -50).all()
+        assert (stack[:, :, 40:] >= before[:, :, 40:]).all()
+        assert stack.max() <= value + 1e-3
+        attached += bool(mask[:, 39].any())
+    assert 5 < attached < 60
+
+
+def test_a_vessel_through_a_lesion_is_inside_its_outline() -> None:
+    stack, occupied = lung()
+    stack[:, 30:33, 30:33] = 300.0
+    cutout, through = block(12, 12), 0
+    for seed in range(300):
+        here = stack.copy()
+        mask = paste(here, occupied, cutout, OFFSETS, 1400, 8, np.random.default_rng(seed))
+        assert mask is not None
+        if mask[29:34, 29:34].all():
+            through += 1
+            assert mask.sum() == 144
+            assert (here[1, 30:33, 30:33] == 300).all()
+    assert through > 3
 
 
 def pasted(cutout: Cutout, factor: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -346,7 +346,7 @@ def test_hard_negatives_are_drawn_and_belong_to_their_step(
 ) -> None:
     sampler = sampler_of(cached(tmp_path, phantom_data), lesion_share=0.0, hard_share=1.0)
     places = [HardNegative(2, 7, 30.0, 22.0, 0.9)]
-    sampler.hard_negatives = places
+    sampler.show_again(places)
     assert {sampler[index].case_id for index in range(8)} == {sampler.cases[2].case_id}
     save_hard_negatives(tmp_path, 10, places)
     assert load_hard_negatives(tmp_path, 9) is None
@@ -354,6 +354,19 @@ def test_hard_negatives_are_drawn_and_belong_to_their_step(
     (tmp_path / "hard_negatives.json").write_text("[]")
     with pytest.raises(InputError, match="hard_negatives"):
         load_hard_negatives(tmp_path, 10)
+
+
+def test_false_positives_of_high_score_are_shown_far_more_often(
+    tmp_path: Path, phantom_data: Path
+) -> None:
+    sampler = sampler_of(cached(tmp_path, phantom_data), lesion_share=0.0, hard_share=1.0)
+    # 16 of 0.25 weigh what one of 0.5 does: 16 / 4^4 against 1 / 2^4.
+    often = [HardNegative(1, 7, 30.0, 22.0, 0.25)] * 16
+    sampler.show_again([*often, HardNegative(2, 7, 30.0, 22.0, 0.5)])
+    drawn = [sampler[index].case_id for index in range(200)]
+    assert 70 <= drawn.count(sampler.cases[2].case_id) <= 130  # 4 sigma of 200 even draws
+    sampler.show_again([])
+    assert len({sampler[index].case_id for index in range(20)}) > 1
 
 
 def test_a_finding_on_or_next_to_a_lesion_is_no_hard_negative(

@@ -31,8 +31,17 @@ _DARKER, _BRIGHTER = 0.04, 0.08
 the lung pasted there, stool in the colon is found as one.
 """
 
-_CLEAR = 0.2
-"""Nothing brighter than this above the lesion's background, in window widths, may be covered."""
+_WALL = 0.2
+"""What is brighter than this above the lesion's background, in window widths, is vessel, wall or an organ."""
+
+_TOUCHED = 0.05
+"""Where a lesion covers more than this share, a place must be free and like its own background."""
+
+_ATTACHED = 0.25
+"""Most of a lesion's place that may be vessel or wall: it is then attached to it, as many are.
+
+Were lesions pasted into clear places alone, what touches a wall would hardly ever be one in training.
+"""
 
 
 @dataclass(frozen=True)
@@ -77,10 +86,11 @@ def paste(
     """Blend a lesion into ``stack[channel, row, column]`` in place; return its mask ``[row, column]``.
 
     Returns None if no place was found: nothing may be ``occupied[row, column]`` there, and the
-    background must be like the lesion's own. ``offsets`` are the lesion's channels in slices of its own
-    scan, ``width`` is the window's; ``border`` pixels at the edge are left alone. The middle channel
-    shows one of the slices that the lesion is on. ``zoom`` is the smallest and largest size it is
-    shown at, in all three directions, against its own.
+    background must be like the lesion's own, but for a part of vessel or wall, which stays what it
+    is. ``offsets`` are the lesion's channels in slices of its own scan, ``width`` is the window's;
+    ``border`` pixels at the edge are left alone. The middle channel shows one of the slices that the
+    lesion is on. ``zoom`` is the smallest and largest size it is shown at, in all three directions,
+    against its own.
     """
     plane = int(generator.choice(np.flatnonzero(cutout.mask.any(axis=(1, 2)))))
     factor = _draw_zoom(cutout.mask, zoom, generator)
@@ -96,19 +106,44 @@ def paste(
     free = (stack.shape[1] - 2 * border - rows, stack.shape[2] - 2 * border - columns)
     if min(free) <= 0:
         return None
-    touched = cover > 0.05
+    touched = (cover > _TOUCHED).any(axis=0)
     for _ in range(_TRIES):
         top, left = (border + int(generator.integers(size)) for size in free)
         where = (slice(top, top + rows), slice(left, left + columns))
-        if occupied[where][touched.any(axis=0)].any():
+        if occupied[where][touched].any():
             continue
-        target = stack[(slice(None), *where)]
-        if _alike(target[touched], cutout.background, width):
-            target += cover * (pixels - target)
+        outline = _attach(stack[(slice(None), *where)], pixels, cover, mask, cutout, width)
+        if outline is not None:
             placed = np.zeros(occupied.shape, dtype=bool)
-            placed[where] = mask
+            placed[where] = outline
             return placed
     return None
+
+
+def _attach(
+    target: NDArray[np.float32],
+    pixels: NDArray,
+    cover: NDArray,
+    mask: NDArray[np.bool_],
+    cutout: Cutout,
+    width: float,
+) -> NDArray[np.bool_] | None:
+    """Blend a lesion into ``target[channel, row, column]`` in place; return its outline there.
+
+    Vessel and wall stay as they are, and beside them nothing gets darker. None, and nothing is done, where
+    too much of the place is one of them, or what is not is unlike the lesion's own background.
+    """
+    if not _alike(target[cover > _TOUCHED], cutout.background, width):
+        return None
+    wall = target > cutout.background + _WALL * width
+    # A vessel that runs through a lesion is inside its outline.
+    outline: NDArray[np.bool_] = mask & ndimage.binary_fill_holes(mask & ~wall[len(target) // 2])
+    if outline.sum() < (1 - _ATTACHED) * mask.sum():
+        return None
+    beside = ndimage.binary_dilation(wall, np.ones((1, 3, 3), dtype=bool))
+    blended = target + cover * (pixels - target)
+    target[:] = np.where(beside, np.maximum(target, blended), blended)
+    return outline
 
 
 def _draw_zoom(
@@ -136,7 +171,7 @@ def _zoomed(
 def _alike(values: NDArray, background: float, width: float) -> bool:
     if not -_DARKER * width <= float(np.median(values)) - background <= _BRIGHTER * width:
         return False
-    return float(np.percentile(values, 97)) < background + _CLEAR * width
+    return float((values > background + _WALL * width).mean()) <= _ATTACHED
 
 
 def _turned(

@@ -31,6 +31,11 @@ from medvision.training.targets import (
 _MARGIN = 1.25
 """Crops are cut larger and trimmed after rotation, so that corners hold scan and not padding."""
 
+_SHARPNESS = 4
+"""Power of its score by which a false positive is shown again: most of them score a fifth, those that cost
+lesions a half, and by the score itself these would be one in many.
+"""
+
 
 @dataclass(frozen=True)
 class Lesion:
@@ -90,7 +95,7 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
         self.augmenter = augmenter
         self.seed = seed
         self.outlines = outlines
-        self.hard_negatives: list[HardNegative] = []
+        self.show_again([])
         self._weights = lesion_weights(lesions, sampling.class_balance)
         self._present = [labels_by_plane(case.labels) for case in cases]
         self._class_of = {(item.case, item.label): item.class_index for item in lesions}
@@ -150,7 +155,7 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
             ]
             center = (lesion.center[0] + jitter[0], lesion.center[1] + jitter[1])
             return lesion.case, int(generator.choice(lesion.planes)), center
-        if self.hard_negatives and choice > 1 - self.sampling.hard_share:
+        if self._hard_negatives and choice > 1 - self.sampling.hard_share:
             return self._draw_hard(generator)
         number = int(generator.integers(len(self.cases)))
         slices, rows, columns = self.cases[number].array.shape
@@ -160,9 +165,14 @@ class CropSampler(torch.utils.data.Dataset[Sample]):
             (self._position(generator, rows), self._position(generator, columns)),
         )
 
+    def show_again(self, found: list[HardNegative]) -> None:
+        """Show false positives from now on, the higher their score the more often."""
+        weights = np.array([item.score for item in found]) ** _SHARPNESS
+        self._hard_negatives = found
+        self._hard_weights = weights / weights.sum() if found else weights
+
     def _draw_hard(self, generator: np.random.Generator) -> tuple[int, int, tuple[float, float]]:
-        scores = np.array([item.score for item in self.hard_negatives])
-        item = self.hard_negatives[generator.choice(len(scores), p=scores / scores.sum())]
+        item = self._hard_negatives[generator.choice(len(self._hard_weights), p=self._hard_weights)]
         reach = self.sampling.crop_size / 2 - 8
         row, column = generator.uniform(-reach, reach, 2)
         return item.case, item.plane, (item.row + row, item.column + column)

@@ -85,7 +85,7 @@ class Session:
             self._validate(clock)
         if self._mining_due(progress):
             self._mine()
-        dataset.hard_negatives = load_hard_negatives(self.run, state.step) or []
+        dataset.show_again(load_hard_negatives(self.run, state.step) or [])
         # For one more validation, and for judging the best weights as prediction uses them.
         clock.reserved = (1 + self.detector.predict.looks) * state.validation_seconds
         progress = clock.progress(state.step)
