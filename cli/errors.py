@@ -19,6 +19,7 @@ from medvision.errors import (
     MedvisionError,
     ResourceError,
     UsageError,
+    first_line,
     ran_out_of_memory,
 )
 
@@ -52,7 +53,7 @@ def as_medvision_error(error: BaseException) -> MedvisionError:
     if ran_out_of_memory(error):
         return ResourceError(
             "Memory ran out.",
-            why=_first_line(error),
+            why=first_line(error),
             do="Close other programs, or lower batch_size or workers (train --set), or use "
             "--device cpu.",
         )
@@ -72,7 +73,7 @@ def as_medvision_error(error: BaseException) -> MedvisionError:
         )
     return UnforeseenError(
         "This is a bug in medvision.",
-        why=f"{type(error).__name__}: {_first_line(error)}",
+        why=f"{type(error).__name__}: {first_line(error)}",
         do="Please report it with the log file below.",
     )
 
@@ -123,11 +124,6 @@ def _usage_error(error: Any) -> UsageError:
 def _message(error: Any) -> str:
     # typer puts the kind of exception before what it says of a value that is no choice.
     return str(error.format_message()).replace(": Value error, ", ": ")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _wrap(text: str, indent: str, width: int, most: int) -> list[str]:

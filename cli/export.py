@@ -13,12 +13,12 @@ from medvision.cli.options import (
     Json,
     Quiet,
     check_holds_scan,
+    check_output_file,
     check_run,
     check_writable,
     epilog,
 )
 from medvision.cli.session import Session
-from medvision.errors import UsageError
 
 EPILOG = epilog(
     "medvision export runs/nodules",
@@ -32,6 +32,9 @@ class Format(StrEnum):
 
     onnx = "onnx"
     torchscript = "torchscript"
+
+
+_ENDINGS = {Format.onnx: (".onnx",), Format.torchscript: (".pt", ".pth", ".ts", ".torchscript")}
 
 
 def export(
@@ -76,7 +79,7 @@ def export(
     if check is not None:
         check_holds_scan(check)
     if file is not None:
-        _check_file(file)
+        check_output_file(file, endings=_ENDINGS[format])
     check_writable(file.parent if file is not None else run)
     from medvision.export.files import EXPORT_PACKAGES, require_packages, settings_path
 
@@ -108,10 +111,3 @@ def export(
             "next": following,
         },
     )
-
-
-def _check_file(file: Path) -> None:
-    if file.is_dir():
-        raise UsageError(
-            "The output must be a file; this is a folder.", where=file, do="Name a file in it."
-        )

@@ -18,6 +18,7 @@ from medvision.errors import InputError, UsageError
 
 _SCAN_ENDINGS = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".dicom", ".ima")
 _SNIFFED_FILES = 200
+_FOR_SCANS = "Pass a folder with DICOM files, or a .nii.gz, .mha or .nrrd file."
 
 
 def known_device(value: str | None) -> str | None:
@@ -65,10 +66,16 @@ def check_exists(path: Path, what: str) -> None:
 
 
 def check_filled(folder: Path, what: str) -> None:
-    """Raise UsageError unless ``folder`` exists, InputError if nothing is in it."""
+    """Raise UsageError unless ``folder`` exists and is one, InputError if nothing is in it."""
     check_exists(folder, what)
-    if folder.is_dir() and not any(folder.iterdir()):
-        raise InputError(f"{what} is empty.", where=folder)
+    if not folder.is_dir():
+        raise UsageError(
+            f"{what} must be a folder; this is a file.",
+            where=folder,
+            do=f"Pass the folder that it is in: {folder.parent}",
+        )
+    if not any(folder.iterdir()):
+        raise InputError(f"{what} is empty.", where=folder, do="Check the path.")
 
 
 def check_run(run: Path) -> None:
@@ -84,10 +91,18 @@ def check_run(run: Path) -> None:
 
 
 def check_new_run(run: Path, *, resume: bool) -> None:
-    """Raise UsageError if ``run`` holds a run already and it is not to be resumed.
+    """Raise UsageError if ``run`` holds a run already and it is not to be resumed, or the other way round.
 
-    The library checks this too, but only after torch, whose import takes seconds.
+    The library checks the first too, but only after torch, whose import takes seconds. A run that was
+    stopped while its scans were prepared has no more than their cache.
     """
+    if resume and not any((run / name).exists() for name in ("state.json", "config.json", "cache")):
+        check_exists(run, "The run to go on with")
+        raise UsageError(
+            "There is no run to go on with in this folder.",
+            where=run,
+            do="Name the folder that was given to medvision train as -o, or leave out --resume.",
+        )
     try:
         steps = int(json.loads((run / "state.json").read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -100,10 +115,11 @@ def check_new_run(run: Path, *, resume: bool) -> None:
         )
 
 
-def check_holds_scan(path: Path) -> None:
+def check_holds_scan(path: Path, *, do: str = _FOR_SCANS) -> None:
     """Raise UsageError if ``path`` does not exist, InputError if no scan is in it.
 
-    Names and first bytes of a few files settle most cases; headers are read only if not.
+    Names and first bytes of a few files settle most cases; headers are read only if not. ``do`` is
+    what to do if there is none.
     """
     check_exists(path, "The input")
     files = [path] if path.is_file() else _files_below(path)
@@ -118,7 +134,7 @@ def check_holds_scan(path: Path) -> None:
         raise InputError(
             "No scan was found: the folder is empty.",
             where=path,
-            do="Pass a folder with DICOM files, or a .nii.gz, .mha or .nrrd file.",
+            do=do,
         )
     from medvision.scans.load import find_scans
 
@@ -127,7 +143,23 @@ def check_holds_scan(path: Path) -> None:
             "No scan was found among the files.",
             where=path,
             why="none of them is a DICOM image, NIfTI, MetaImage or NRRD file",
-            do="Pass a folder with DICOM files, or a .nii.gz, .mha or .nrrd file.",
+            do=do,
+        )
+
+
+def check_output_file(file: Path, *, endings: tuple[str, ...]) -> None:
+    """Raise UsageError if ``file`` is a folder or its name ends in none of ``endings``."""
+    if file.is_dir():
+        raise UsageError(
+            "The output must be a file; this is a folder.",
+            where=file,
+            do=f"Name a file in it, such as {file / ('name' + endings[0])}.",
+        )
+    if file.suffix.lower() not in endings:
+        raise UsageError(
+            f"The output is a file that ends in {' or '.join(endings)}; got {file.name!r}.",
+            where=file,
+            do=f"Name it {file.stem}{endings[0]}.",
         )
 
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medvision.cli.errors import complain
-from medvision.cli.options import Debug, Json, Quiet, check_filled, check_writable, epilog
+from medvision.cli.options import (
+    Debug,
+    Json,
+    Quiet,
+    check_filled,
+    check_output_file,
+    check_writable,
+    epilog,
+)
 from medvision.cli.session import Session
 from medvision.errors import InputError
 from medvision.progress import Progress
@@ -69,8 +77,9 @@ def report(
     check_filled(truth, "The folder of labels")
     if scans is not None:
         check_filled(scans, "The folder of scans")
+    check_output_file(page, endings=(".html", ".htm"))
     check_writable(page.parent)
-    session.log_in(page.parent)
+    session.log_in(page.parent, f"{page.stem}.log")
     from medvision.evaluation.evaluate import evaluate
     from medvision.report.load import image_reader, load_cases
     from medvision.report.page import write_report

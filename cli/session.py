@@ -46,6 +46,7 @@ class Session:
         self._command_line = shlex.join(["medvision", *arguments])
         self._started = time.monotonic()
         self._folder: Path | None = None
+        self._log_name = LOG_NAME
         self._unwritten: list[str] = []
         self.log(f"medvision {__version__}, Python {platform.python_version()}")
         self.log(self._command_line)
@@ -68,11 +69,11 @@ class Session:
         """The log file, if there is an output folder that it is in."""
         if self._folder is None or not self._folder.is_dir():
             return None
-        return self._folder / LOG_NAME
+        return self._folder / self._log_name
 
-    def log_in(self, folder: Path) -> None:
+    def log_in(self, folder: Path, name: str = LOG_NAME) -> None:
         """Keep the log in ``folder``, from the moment that it exists."""
-        self._folder = folder
+        self._folder, self._log_name = folder, name
 
     def log(self, text: str) -> None:
         """Add a line with the time to the log; a log that cannot be written stops no work."""

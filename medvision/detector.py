@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medvision._version import __version__
-from medvision.errors import InputError, UsageError
+from medvision.errors import InputError, UsageError, first_line
 from medvision.files import atomic_path, atomic_write_text, sha256_of
 from medvision.findings.config import PredictConfig
 from medvision.models.family_config import ModelConfig
@@ -81,7 +81,7 @@ def load_detector_config(run: Path) -> DetectorConfig:
         raise InputError(
             "detector.json is not one that medvision wrote.",
             where=path,
-            why=str(error).splitlines()[0],
+            why=first_line(error),
             do="Restore the file or train again.",
         ) from error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class MedvisionError(Exception):
     """Say what must hold, what came, where, and what to do about it.
@@ -69,6 +71,12 @@ class Interrupted(MedvisionError):  # noqa: N818  (not a fault)
     def __init__(self, what: str, *, signal_number: int = 2, do: str | None = None) -> None:
         super().__init__(what, do=do)
         self.exit_code = 128 + signal_number
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, without colours; its name if it says nothing."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return (text or type(error).__name__).splitlines()[0]
 
 
 _NO_MEMORY = ("can't allocate memory", "failed to allocate memory", "bad_alloc", "bad allocation")

@@ -16,8 +16,11 @@ from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozen
 
 from medvision.errors import UsageError
 from medvision.models.backbones import build_backbone, expected_input
+from medvision.models.config import RetinaNetConfig
+from medvision.models.family import check_backbone
 from medvision.models.first_convolution import adapt_first_convolution, fold_input_scale
 from medvision.models.norms import FrozenBatchNorm2d, convert_norms, group_count
+from medvision.models.timm_backbone import TimmFeatures, check_map_sizes
 
 # With the classifier of 1000 classes, as torchvision's documentation lists them.
 PARAMETERS = {
@@ -235,6 +238,45 @@ def test_folded_weights_see_minus_one_to_one() -> None:
 
 def respond(images: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.conv2d(images, weight, stride=2, padding=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("timm/xception", "gives a map of"),
+        ("timm/inception_v3", "gives a map of"),
+        ("timm/halonet26t", "does not take images of"),
+    ],
+)
+def test_a_timm_model_whose_maps_do_not_fit_is_refused_before_any_scan_is_read(
+    name: str, told: str
+) -> None:
+    pytest.importorskip("timm")
+    config = RetinaNetConfig(backbone=name, stem_pooling=True)
+    with pytest.raises(UsageError, match=told):
+        check_backbone(config, 3)
+
+
+def test_only_the_maps_that_are_used_must_fit() -> None:
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        backbone = TimmFeatures("xception", 3)
+    with pytest.raises(UsageError, match="at stride 2 for 96 x 128 pixels; 48 x 64 is needed"):
+        check_map_sizes(backbone, [2, 16, 32])
+    check_map_sizes(backbone, [16, 32])
+
+
+def test_same_padding_is_timms_where_sides_are_multiples_of_the_stride() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    judge = timm.create_model("tf_efficientnet_lite0", features_only=True, pretrained=False).eval()
+    ours = build_backbone("timm/tf_efficientnet_lite0", 3).eval()
+    ours.load_state_dict({f"body.{name}": value for name, value in judge.state_dict().items()})
+    assert not any(type(part).__name__ == "Conv2dSame" for part in ours.modules())
+    images = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        for found, expected in zip(ours(images), judge(images), strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 def test_a_norm_that_is_not_there_cannot_be_changed() -> None:

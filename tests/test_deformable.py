@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision import ops
 from torchvision.models import resnet18, resnet50
 
@@ -187,6 +188,16 @@ def test_a_plain_networks_weights_fit_and_keep_their_output() -> None:
     images = torch.rand(1, 3, 64, 96)
     with torch.no_grad():
         torch.testing.assert_close(deformable(images), plain(images), atol=1e-4, rtol=1e-4)
+
+
+def test_what_follows_may_change_the_output_in_place() -> None:
+    torch.manual_seed(0)
+    layer = DeformConv2d(4, 4, 3, padding=1)
+    images = torch.randn(2, 4, 6, 5, requires_grad=True)
+    (expected,) = torch.autograd.grad(functional.relu(layer(images)).square().sum(), images)
+    changed = nn.Sequential(layer, nn.ReLU(inplace=True))(images)
+    (found,) = torch.autograd.grad(changed.square().sum(), images)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_resnet_50_has_thirteen_such_convolutions() -> None:

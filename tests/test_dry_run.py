@@ -24,12 +24,21 @@ from medvision.models.pyramid_config import PyramidConfig
 from medvision.sample_data.phantoms import write_phantom_dataset
 from medvision.training import recall
 from medvision.training.config import TrainConfig, make_train_config
-from medvision.training.cost import slices_looked_at
-from medvision.training.dry_run import BY_MODEL, FITTED, PERCENTILES, DryRun, dry_run, lesion_sides
+from medvision.training.cost import measure_cost, slices_looked_at
+from medvision.training.dry_run import (
+    BY_MODEL,
+    FITTED,
+    PERCENTILES,
+    DryRun,
+    describe_levels,
+    dry_run,
+    lesion_sides,
+)
 from medvision.training.prepare import prepare_data
 from medvision.training.receptive_field import receptive_fields
 from medvision.training.train import train
 
+SMALL_MODEL = {"width": 8, "pyramid_channels": 8, "head_depth": 1}
 SMALL = {
     "steps": 50,
     "max_minutes": 0,
@@ -39,7 +48,7 @@ SMALL = {
     "validation_fraction": 0.3,
     "stack": {"n_slices": 3},
     "sampling": {"crop_size": 32},
-    "model": {"width": 8, "pyramid_channels": 8, "head_depth": 1},
+    "model": SMALL_MODEL,
 }
 
 
@@ -127,6 +136,44 @@ def test_the_network_is_described(found: DryRun) -> None:
             level.receptive_field * found.pixel_mm, abs=0.06
         )
         assert len(level.anchor_sizes) == 2
+
+
+@pytest.mark.parametrize("kind", ["deformable", "deformable-v1", "dilated"])
+def test_changed_convolutions_are_described_as_they_start(data: Path, kind: str) -> None:
+    """Moved by the steps that are timed, deformable ones would see further than at the start."""
+    found = dry_run(data, small(steps=2, model={**SMALL_MODEL, "stage_convolution": kind}))
+    plain = dry_run(data, small(steps=2))
+    fields = [[level.receptive_field for level in one.levels] for one in (found, plain)]
+    assert fields[0] > fields[1] if kind == "dilated" else fields[0] == fields[1]
+    assert found.parameters > plain.parameters or kind == "dilated"
+
+
+def test_memory_is_that_of_training_not_of_the_description(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def noted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            calls.append(name)
+            return real(*given)
+
+        return call
+
+    place = "medvision.training.dry_run"
+    monkeypatch.setattr(f"{place}.measure_cost", noted("cost", measure_cost))
+    monkeypatch.setattr(f"{place}.describe_levels", noted("levels", describe_levels))
+    dry_run(data, small(steps=2))
+    assert calls == ["cost", "levels"]
+
+
+def test_levels_are_held_against_the_lesions(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = np.array([3.0, 5.0, 10.0, 1000.0])
+    monkeypatch.setattr("medvision.training.dry_run.lesion_sides", lambda cases: sides)
+    levels = dry_run(data, small(steps=2)).levels
+    assert [level.stride for level in levels] == [4, 8, 16]
+    assert [level.lesions_under_a_cell for level in levels] == [0.25, 0.5, 0.75]
+    assert [level.lesions_in_field for level in levels] == [0.75, 0.75, 0.75]
 
 
 def test_settings_are_resolved_with_their_sources(found: DryRun) -> None:

@@ -150,7 +150,7 @@ def test_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", unreachable)
-    with pytest.raises(UsageError, match="could not be downloaded") as caught:
+    with pytest.raises(InputError, match="could not be downloaded") as caught:
         find_pretrained("resnet18", "imagenet")
     assert "name resolution" in str(caught.value)
     assert "--weights FILE" in str(caught.value)
@@ -188,7 +188,7 @@ def test_timm_offline_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         return create(name, pretrained=False, **options)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(UsageError, match="could not be downloaded") as caught:
+    with pytest.raises(InputError, match="could not be downloaded") as caught:
         find_pretrained("timm/resnet18", "imagenet")
     assert "cannot reach the hub" in str(caught.value)
     with pytest.raises(UsageError, match="are named 'imagenet'"):
@@ -212,6 +212,43 @@ def test_a_timm_checkpoint_with_classifier_fits_the_features(name: str, tmp_path
     # The border differs: there the paddings stand for other colours.
     inner = (..., slice(12, -12), slice(12, -12))
     torch.testing.assert_close(found[inner], expected[inner], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["nf_resnet26", "tresnet_m"])
+def test_weights_that_no_fold_fits_are_refused(name: str, tmp_path: Path) -> None:
+    """The first standardises its weights in use, the second rearranges pixels before it convolves."""
+    timm = pytest.importorskip("timm")
+    whole = timm.create_model(name, pretrained=False)
+    path = saved(whole.state_dict(), tmp_path / "w.safetensors")
+    backbone = build_backbone(f"timm/{name}", 3)
+    with pytest.raises(InputError, match="cannot be adapted to slices"):
+        load_pretrained(backbone, f"timm/{name}", str(path))
+
+
+def test_the_shift_of_colours_is_kept_before_a_group_norm(judge: nn.Module, tmp_path: Path) -> None:
+    path = saved(judge.state_dict(), tmp_path / "w.safetensors")
+    backbone = build_backbone("resnet18", 3, norm="group").eval()
+    load_pretrained(backbone, "resnet18", str(path))
+    convolution = backbone.get_submodule(backbone.first_convolution)
+    values = torch.rand(1, 3, 64, 64)
+    mean, std = (torch.tensor(row)[None, :, None, None] for row in expected_input("resnet18"))
+    with torch.no_grad():
+        found = convolution(values * 2 - 1)
+        expected = judge.get_submodule("conv1")((values - mean) / std)
+    inner = (..., slice(4, -4), slice(4, -4))
+    torch.testing.assert_close(found[inner], expected[inner], rtol=1e-3, atol=1e-3)
+
+
+def test_weights_of_another_stack_say_what_to_set(tmp_path: Path) -> None:
+    own = build_backbone("resnet18", 14)
+    tensors = {f"network.encoder.{name}": value for name, value in own.state_dict().items()}
+    tensors["network.architecture"] = torch.zeros(3)
+    path = saved(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"stack\.n_slices"):
+        load_pretrained(build_backbone("resnet18", 6), "resnet18", str(path))
+    fitting = build_backbone("resnet18", 14)
+    load_pretrained(fitting, "resnet18", str(path))
+    assert torch.equal(fitting.state_dict()["conv1.weight"], own.state_dict()["conv1.weight"])
 
 
 def lite0_by_hand(tensors: dict[str, Tensor], images: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medvision.detector import DetectorConfig, with_score_thresh
 from medvision.device import Device
-from medvision.errors import InputError, UsageError, ran_out_of_memory
+from medvision.errors import InputError, UsageError, first_line, ran_out_of_memory
 from medvision.export.files import ENGINE_PACKAGES, INPUT_NAME, find_exported, require_packages
 from medvision.export.outputs import KINDS, GraphOutputs
 from medvision.models.anchors import level_anchors
@@ -62,7 +62,7 @@ class OnnxSession:
             raise InputError(
                 "ONNX Runtime cannot load the file.",
                 where=file,
-                why=str(error).splitlines()[0],
+                why=first_line(error),
                 do="Export it again with medvision export --format onnx.",
             ) from error
         self.outputs = [output.name for output in self._session.get_outputs()]

@@ -17,7 +17,7 @@ from medvision.detector import (
     weights_path,
     with_score_thresh,
 )
-from medvision.errors import InputError, UsageError
+from medvision.errors import InputError, UsageError, first_line
 from medvision.files import atomic_write_text, sha256_of
 
 ExportFormat = Literal["onnx", "torchscript"]
@@ -54,7 +54,7 @@ class ExportedModel(BaseModel):
     format: ExportFormat
     file_sha256: str
     input_name: str = INPUT_NAME
-    input_layout: str = "[batch, slice, row, column] float32, 0..1"
+    input_layout: str
     size_multiple: int = Field(ge=1)
     strides: tuple[int, ...] = Field(description="of the pyramid levels, pixels, finest first")
     outputs: dict[str, str]
@@ -92,7 +92,7 @@ def load_exported(file: Path) -> ExportedModel:
         raise InputError(
             "The settings of the exported model are not those that medvision wrote.",
             where=path,
-            why=str(error).splitlines()[0],
+            why=first_line(error),
             do="Export it again with medvision export.",
         ) from error
     if sha256_of(file) != exported.file_sha256:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medvision.detector import DetectorConfig, load_detector
-from medvision.errors import InputError, ran_out_of_memory
+from medvision.errors import InputError, first_line, ran_out_of_memory
 from medvision.export.check import Runner, check_volumes, compare
 from medvision.export.engine import OnnxSession
 from medvision.export.files import (
@@ -45,10 +45,10 @@ def export_run(
 ) -> Exported:
     """Export the network of ``run`` to ``file``, which by default is in the run folder.
 
-    Batch, rows and columns stay free. The outputs of the written file are compared with the network's
-    own in float32, on slices of the scan ``check``, or of the run's cached training scans, or of a computed
-    phantom. Raises InputError, and leaves no file, if they differ by more than 1e-4 or the
-    network cannot be exported; UsageError if an optional package is missing.
+    Rows and columns stay free, and the batch of a model of one stage. The outputs of the written file
+    are compared with the network's own in float32, on slices of the scan ``check``, or of the run's
+    cached training scans, or of a computed phantom. Raises InputError, and leaves no file, if they
+    differ by more than 1e-4 or the network cannot be exported; UsageError if an optional package is missing.
     """
     if format == "onnx":
         require_packages(EXPORT_PACKAGES, "Export to ONNX")
@@ -71,6 +71,7 @@ def export_run(
         file_sha256=digest,
         size_multiple=config.model.strides[-1],
         strides=tuple(config.model.strides),
+        input_layout=f"[{1 if outputs.single else 'batch'}, slice, row, column] float32, 0..1",
         outputs={name: outputs.layouts[name] for name in names},
         about=about,
         detector=config,
@@ -100,7 +101,7 @@ def _write_onnx(module: nn.Module, names: list[str], images: Tensor, path: Path)
     except torch.onnx.errors.OnnxExporterError as error:
         raise InputError(
             "torch cannot export this network to ONNX.",
-            why=str(error).strip().splitlines()[0],
+            why=first_line(error),
             do="Use --format torchscript, or another version of torch.",
         ) from error
     return OnnxSession(path)

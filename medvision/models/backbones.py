@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+import torch
 import torchvision
 from torch import nn
 
@@ -92,6 +93,8 @@ def _adapt(backbone: Backbone, name: str, norm: Norm, stage_convolution: StageCo
     if norm == "frozen":
         _open_blocks(backbone)
     convert_norms(backbone, norm)
+    if norm == "group":
+        _give_bias(backbone)
     if stage_convolution != "plain":
         changed = deform_stages(backbone, stage_convolution, backbone.stage_names[1:])
         if not changed:
@@ -117,6 +120,15 @@ def _open_blocks(backbone: nn.Module) -> None:
     for part in backbone.modules():
         if isinstance(part, nn.BatchNorm2d):
             nn.init.ones_(part.weight)
+
+
+def _give_bias(backbone: Backbone) -> None:
+    """Give the first convolution a bias, for the shift of input that a batch norm's mean would take."""
+    if backbone.first_convolution and backbone.first_norm:
+        convolution = backbone.get_submodule(backbone.first_convolution)
+        if convolution.bias is None:
+            like = convolution.get_parameter("weight")
+            convolution.bias = nn.Parameter(torch.zeros_like(like[:, 0, 0, 0]))
 
 
 def _unknown(name: str) -> UsageError:

@@ -44,32 +44,35 @@ def deform_conv2d_cpu(
     Arguments are as in ``torchvision.ops.deform_conv2d``, for one group and one offset group. Map, weight
     and bias are of one type, which is the output's; places are computed in float32, or float64.
     """
+    batch, _, out_rows, out_columns = offset.shape
     output: Tensor = _DeformConv.apply(maps, offset, mask, weight, bias, geometry)
-    return output
+    # Outside of the function: no view that one returns may be changed in place, as a ReLU may want to.
+    return output.view(batch, out_rows, out_columns, len(weight)).permute(0, 3, 1, 2)
 
 
 class _DeformConv(torch.autograd.Function):
+    """Its output is ``[positions, out_channels]``."""
+
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Tensor:
         maps, offset, mask, weight, bias, geometry = given
-        batch, _, out_rows, out_columns = offset.shape
         rows, kernel = padded_rows(maps), _kernel_rows(weight)
         samples = place(maps, offset, mask, geometry)
-        output = maps.new_empty((batch * out_rows * out_columns, len(kernel)))
+        output = maps.new_empty((len(samples.shares) // geometry.taps, len(kernel)))
         for part, columns in _columns(rows, samples, kernel, geometry.taps):
             output[part] = _times(columns, kernel)
         if bias is not None:
             output += bias
         ctx.geometry = geometry
         ctx.save_for_backward(maps, offset, mask, weight)
-        return output.view(batch, out_rows, out_columns, len(kernel)).permute(0, 3, 1, 2)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         maps, offset, mask, weight = ctx.saved_tensors
         for_maps, for_offset, for_mask, for_weight, for_bias, _ = ctx.needs_input_grad
-        outer = grad.permute(0, 2, 3, 1).reshape(-1, len(weight))
+        outer = grad.contiguous()
         samples = place(maps, offset, mask, ctx.geometry)
         rows, kernel = padded_rows(maps), _kernel_rows(weight)
         grads: list[Tensor | None] = [None] * 6

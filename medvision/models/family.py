@@ -16,6 +16,7 @@ from medvision.models.flips import MIRRORED_AXES, detect_with_flips
 from medvision.models.mask_head import MaskDetections
 from medvision.models.retina_unet import RetinaUNetCriterion, build_retina_unet, select_with_masks
 from medvision.models.retinanet import build_retinanet
+from medvision.models.timm_backbone import TimmFeatures, check_map_sizes
 from medvision.models.unet import UNet, build_unet
 from medvision.models.unet_config import UNetConfig
 from medvision.models.unet_criterion import SegmentationCriterion
@@ -63,9 +64,12 @@ def check_backbone(config: ModelConfig, n_slices: int) -> None:
     """
     with torch.device("meta"):
         if isinstance(config, UNetConfig):
-            build_unet(config, n_slices, 1)
+            backbone = build_unet(config, n_slices, 1).encoder
         else:
-            make_backbone(config, n_slices)
+            backbone = make_backbone(config, n_slices)
+    if isinstance(backbone, TimmFeatures):
+        used = backbone.strides if isinstance(config, UNetConfig) else config.strides
+        check_map_sizes(backbone, used)
 
 
 def build_criterion(config: ModelConfig, class_weights: Tensor) -> nn.Module:

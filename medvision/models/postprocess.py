@@ -34,7 +34,8 @@ def select_detections(
     selected: list[Detections] = []
     scores = raw.lesion_logits.sigmoid()
     for index, slice_scores in enumerate(scores):
-        best, order = slice_scores.topk(min(topk_candidates, len(slice_scores)))
+        most = min(max(topk_candidates, detections_per_img), len(slice_scores))
+        best, order = slice_scores.topk(most)
         order = order[best > score_thresh]
         boxes = raw.boxes[index, order]
         kept = order[nms(boxes, slice_scores[order], nms_thresh)[:detections_per_img]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,6 +16,7 @@ Norm = Literal["batch", "frozen", "group"]
 """batch: as built; frozen: batch norm with fixed statistics and weights; group: group norm."""
 
 StageConvolution = Literal["plain", "deformable", "deformable-v1", "dilated"]
+Blocks = Annotated[int, Field(ge=1)]
 PyramidPaths = Literal["full", "top-down-only", "lateral-only", "finest-only"]
 
 
@@ -29,7 +30,7 @@ class PyramidConfig(BaseModel):
         min_length=1,
         description=f"{', '.join(BACKBONES)}, or timm/NAME (package timm)",
     )
-    blocks: tuple[int, int, int, int] = Field(
+    blocks: tuple[Blocks, Blocks, Blocks, Blocks] = Field(
         (2, 2, 2, 2), description=f"blocks a stage of {NARROW}"
     )
     width: int = Field(
@@ -45,7 +46,7 @@ class PyramidConfig(BaseModel):
         "plain", description="3 x 3 convolutions of the last three stages (ResNets only)"
     )
     inner_windows: tuple[tuple[float, float], ...] = Field(
-        ((0.0, 0.5),), description="further windows, in shares of the stack's; none: ()"
+        ((0.0, 0.5),), description="further windows, in shares of the stack's; none: []"
     )
     pyramid_channels: int = Field(64, ge=8, description="channels of every pyramid level")
     pyramid: PyramidPaths = Field(

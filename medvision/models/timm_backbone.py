@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from medvision.errors import UsageError
+from medvision.errors import UsageError, first_line
 from medvision.models.backbone import Backbone
 from medvision.models.choices import BACKBONES
 
@@ -23,8 +25,10 @@ class TimmFeatures(Backbone):
     def __init__(self, name: str, in_channels: int) -> None:
         super().__init__()
         self.name = name
+        self.in_channels = in_channels
         self.body: Any = _create_timm(name, in_channels)
-        self.first_convolution, self.first_norm = _first_layers(self.body)
+        _fix_padding(self.body)
+        self.first_convolution, self.first_norm = _first_layers(self.body, in_channels)
         reductions = list(self.body.feature_info.reduction())
         self.kept = [
             index for index, at in enumerate(reductions) if at not in reductions[index + 1 :]
@@ -39,6 +43,33 @@ class TimmFeatures(Backbone):
         maps = self.body(images)
         kept = [maps[index] for index in self.kept]
         return [features.permute(0, 3, 1, 2) for features in kept] if self.channel_last else kept
+
+
+def check_map_sizes(backbone: TimmFeatures, strides: list[int]) -> None:
+    """Refuse a model whose maps are not as many times smaller than the image as timm says they are.
+
+    Some lose pixels at the edges or take one size only. ``backbone`` is on the meta device and nothing is
+    computed; ``strides`` are those of the maps that are used. UsageError.
+    """
+    coarsest = backbone.strides[-1]
+    size = (3 * coarsest, 4 * coarsest)
+    try:
+        maps = backbone.eval()(torch.empty(1, backbone.in_channels, *size, device="meta"))
+    except Exception as error:  # a model made for one size can raise anything
+        raise UsageError(
+            f"timm's {backbone.name} does not take images of {size[0]} x {size[1]} pixels; crops and slices "
+            "have any size.",
+            why=first_line(error),
+            do="Choose another convolutional model.",
+        ) from error
+    for stride, found in zip(backbone.strides, maps, strict=True):
+        wanted = [side // stride for side in size]
+        if stride in strides and list(found.shape[-2:]) != wanted:
+            raise UsageError(
+                f"timm's {backbone.name} gives a map of {found.shape[-2]} x {found.shape[-1]} at stride "
+                f"{stride} for {size[0]} x {size[1]} pixels; {wanted[0]} x {wanted[1]} is needed.",
+                do="Choose another convolutional model.",
+            )
 
 
 def import_timm(name: str) -> Any:
@@ -66,7 +97,7 @@ def _create_timm(name: str, in_channels: int) -> Any:
     except (RuntimeError, AttributeError, TypeError) as error:
         raise UsageError(
             f"timm's {name} does not give its inner maps (features_only).",
-            why=str(error).splitlines()[0],
+            why=first_line(error),
             do="Choose a convolutional model.",
         ) from error
     published = timm.get_pretrained_cfg(name)
@@ -79,8 +110,50 @@ def _create_timm(name: str, in_channels: int) -> Any:
     return model
 
 
-def _first_layers(body: nn.Module) -> tuple[str, str]:
-    """Return the names of the first convolution and, if it follows at once, of its batch norm."""
+class SamePadConv2d(nn.Conv2d):
+    """TensorFlow's "same" padding, for sides that are multiples of the stride: what is odd comes last.
+
+    timm's Conv2dSame computes it anew from each input's size, which takes an export minutes.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Take ``[batch, channel, row, column]`` to a map ``stride`` times smaller."""
+        missing = [
+            max(0, dilation * (kernel - 1) + 1 - stride)
+            for kernel, stride, dilation in zip(
+                self.kernel_size, self.stride, self.dilation, strict=True
+            )
+        ]
+        edges = [part for total in reversed(missing) for part in (total // 2, total - total // 2)]
+        return super().forward(functional.pad(features, edges))
+
+
+def _fix_padding(module: nn.Module) -> None:
+    """Put :class:`SamePadConv2d` in place of timm's Conv2dSame, with its weights."""
+    for name, child in module.named_children():
+        if type(child).__name__ == "Conv2dSame" and isinstance(child, nn.Conv2d):
+            fixed = SamePadConv2d(
+                child.in_channels,
+                child.out_channels,
+                child.kernel_size,  # type: ignore[arg-type]
+                child.stride,  # type: ignore[arg-type]
+                0,
+                child.dilation,  # type: ignore[arg-type]
+                child.groups,
+                child.bias is not None,
+                device="meta",
+            )
+            fixed.weight, fixed.bias = child.weight, child.bias
+            setattr(module, name, fixed)
+        else:
+            _fix_padding(child)
+
+
+def _first_layers(body: nn.Module, in_channels: int) -> tuple[str, str]:
+    """Return the names of the first convolution and, if it follows at once, of its batch norm.
+
+    None ("") if it does not see the image itself, or changes its weights before it uses them.
+    """
     layers = [
         (name, module)
         for name, module in body.named_modules()
@@ -88,6 +161,9 @@ def _first_layers(body: nn.Module) -> tuple[str, str]:
     ]
     convolution = next((i for i, (_, m) in enumerate(layers) if isinstance(m, nn.Conv2d)), None)
     if convolution is None:
+        return "", ""
+    first = layers[convolution][1]
+    if type(first) not in (nn.Conv2d, SamePadConv2d) or first.in_channels != in_channels:
         return "", ""
     following = layers[convolution + 1 : convolution + 2]
     norm = [name for name, module in following if isinstance(module, nn.BatchNorm2d)]

@@ -227,10 +227,12 @@ def build_unet(
             stage_convolution=config.encoder_convolution,
         )
     if encoder.strides[-1] != config.strides[-1]:
+        coarsest = encoder.strides[-1]
+        depth = coarsest.bit_length() - 1
         raise UsageError(
-            f"The coarsest map of {config.encoder} has stride {encoder.strides[-1]}; "
+            f"The coarsest map of {config.encoder} has stride {coarsest}; "
             f"depth {config.depth} needs {config.strides[-1]}.",
-            do=f"Set depth to {encoder.strides[-1].bit_length() - 1}.",
+            do=f"Set depth to {depth}." if coarsest == 1 << depth else "Choose another encoder.",
         )
     return UNet(encoder, config, n_slices, classes)
 

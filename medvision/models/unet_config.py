@@ -118,10 +118,10 @@ class UNetConfig(BaseModel):
         "max", description="how the encoder halves; stride: a 2 x 2 convolution"
     )
     deep_supervision: tuple[float, ...] = Field(
-        (), description="loss weights of the coarser decoder maps, finest first; none: ()"
+        (), description="loss weights of the coarser decoder maps, finest first; none: []"
     )
     inner_windows: tuple[tuple[float, float], ...] = Field(
-        ((0.0, 0.5),), description="further windows, in shares of the stack's; none: ()"
+        ((0.0, 0.5),), description="further windows, in shares of the stack's; none: []"
     )
     loss: UNetLossConfig = UNetLossConfig()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from medvision.errors import InputError, UsageError
+from medvision.errors import InputError, UsageError, first_line
 from medvision.files import sha256_of
 from medvision.models.backbone import Backbone
 from medvision.models.backbones import PLAIN_INPUT, Colours, build_backbone, expected_input
@@ -29,7 +31,15 @@ DEFAULT_WEIGHTS = "imagenet"
 """The name of the best weights that the backbone's own package has for it."""
 
 _FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
-_PREFIXES = ("", "backbone.", "encoder.", "network.backbone.", "backbone.body.", "body.")
+_PREFIXES = (
+    "",
+    "backbone.",
+    "encoder.",
+    "network.backbone.",
+    "network.encoder.",
+    "backbone.body.",
+    "body.",
+)
 _OWN_PARTS = ("pyramid.lateral.", "architecture")
 """Beginnings of names that only whole networks of medvision have."""
 _OWN = ("num_batches_tracked", "offset_weight", "offset_bias")
@@ -51,8 +61,8 @@ def load_pretrained(backbone: Backbone, name: str, weights: str) -> str:
 
     ``weights`` is "imagenet", another name that torchvision has for weights of this model, or a file
     (:func:`read_weights`). The first convolution is adapted to the backbone's channels, and to
-    images in -1..1. Raises UsageError if a download fails or a name is unknown, InputError if the
-    file does not fit; the backbone is unchanged then.
+    images in -1..1. Raises UsageError if a name is unknown, InputError if a
+    download fails or the file does not fit; the backbone is unchanged then.
     """
     found = find_pretrained(name, weights)
     backbone.load_state_dict(fit_weights(backbone, found))
@@ -62,7 +72,8 @@ def load_pretrained(backbone: Backbone, name: str, weights: str) -> str:
 def check_weights(name: str | None, weights: str | None) -> None:
     """Refuse before any work is done weights that cannot be for the backbone ``name``, a known one.
 
-    Nothing is downloaded or read. UsageError.
+    Published ones are downloaded, where they are not on this machine yet; a file is not read. UsageError;
+    InputError if a download fails.
     """
     if name is None or weights is None:
         return
@@ -81,6 +92,8 @@ def check_weights(name: str | None, weights: str | None) -> None:
             f"There are no published weights of {NARROW}; got {weights!r}.",
             do="Choose a published backbone, such as resnet18, or give a file.",
         )
+    elif not path.is_file():
+        find_pretrained(name, weights)
 
 
 def find_pretrained(name: str, weights: str) -> Pretrained:
@@ -115,7 +128,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(
             "The weights must be a safetensors file or a torch state dict of tensors only.",
             where=path,
-            why=_first_line(error),
+            why=first_line(error),
             do="Save the model's state_dict() with safetensors.torch.save_file.",
         ) from error
     return _tensors_of(content, path)
@@ -145,26 +158,44 @@ def fit_weights(backbone: Backbone, found: Pretrained) -> dict[str, Tensor]:
     """
     wanted = backbone.state_dict()
     named = _under_wanted_names(wanted, found.tensors)
-    convolution, norm = backbone.first_convolution, backbone.first_norm
-    first = f"{convolution}.weight"
+    first = f"{backbone.first_convolution}.weight"
+    if not backbone.first_convolution and (found.mean, found.std) != PLAIN_INPUT:
+        raise _not_adaptable(found.source, "its first layer is no plain convolution of the image")
     if first in named and named[first].shape[1:2] == (COLOURS,):
-        _fold(named, convolution, norm, found)
+        _fold(named, wanted, backbone, found)
         if wanted[first].shape[1] != COLOURS:
             named[first] = adapt_first_convolution(named[first], wanted[first].shape[1])
-    _check(wanted, named, found.source)
+    _check(wanted, named, found.source, first)
     return {name: named.get(name, value) for name, value in wanted.items()}
 
 
-def _fold(named: dict[str, Tensor], convolution: str, norm: str, found: Pretrained) -> None:
+def _fold(
+    named: dict[str, Tensor], wanted: Mapping[str, Tensor], backbone: Backbone, found: Pretrained
+) -> None:
     """Let weights made for normalised colours see -1..1."""
+    first = backbone.first_convolution
+    weight, bias, mean = f"{first}.weight", f"{first}.bias", f"{backbone.first_norm}.running_mean"
+    if bias in wanted and f"{backbone.first_norm}.weight" in wanted:
+        # Published with a batch norm, whose mean shifts as a bias does; a group norm has none.
+        named.setdefault(bias, torch.zeros_like(wanted[bias]))
     if (found.mean, found.std) == PLAIN_INPUT:
         return
-    weight, lacking = fold_input_scale(named[f"{convolution}.weight"], found.mean, found.std)
-    named[f"{convolution}.weight"] = weight
-    if f"{convolution}.bias" in named:
-        named[f"{convolution}.bias"] = named[f"{convolution}.bias"] + lacking
-    elif f"{norm}.running_mean" in named:
-        named[f"{norm}.running_mean"] = named[f"{norm}.running_mean"] - lacking
+    named[weight], lacking = fold_input_scale(named[weight], found.mean, found.std)
+    if bias in named:
+        named[bias] = named[bias] + lacking
+    elif mean in named:
+        named[mean] = named[mean] - lacking
+    else:
+        raise _not_adaptable(found.source, "its first convolution has no bias or batch norm")
+
+
+def _not_adaptable(source: str, why: str) -> InputError:
+    return InputError(
+        "The weights expect normalised colours, and cannot be adapted to slices.",
+        where=source,
+        why=f"In this backbone {why}.",
+        do="Choose another backbone, such as resnet18.",
+    )
 
 
 def _under_wanted_names(
@@ -184,7 +215,9 @@ def _under_wanted_names(
     return best
 
 
-def _check(wanted: Mapping[str, Tensor], named: Mapping[str, Tensor], source: str) -> None:
+def _check(
+    wanted: Mapping[str, Tensor], named: Mapping[str, Tensor], source: str, first: str
+) -> None:
     needed = [name for name in wanted if not name.endswith(_OWN)]
     missing = [name for name in needed if name not in named]
     other = [name for name in needed if name in named and named[name].shape != wanted[name].shape]
@@ -194,11 +227,14 @@ def _check(wanted: Mapping[str, Tensor], named: Mapping[str, Tensor], source: st
     if not missing:
         shapes = f"{tuple(named[other[0]].shape)}, not {tuple(wanted[other[0]].shape)}"
         why = f"{other[0]} has shape {shapes}."
+    do = "Choose the backbone that they were trained with."
+    if not missing and other == [first]:
+        do = "Set stack.n_slices and inner_windows as in the run that they are from."
     raise InputError(
         "The weights do not fit the backbone.",
         where=source,
         why=why,
-        do="Choose the backbone that they were trained with.",
+        do=do,
     )
 
 
@@ -242,7 +278,9 @@ def _of_torchvision(name: str, weights: str) -> Pretrained:
         )
     entry = entries[wanted]
     try:
-        tensors = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        # torch.hub announces a download on stdout, which is for results.
+        with redirect_stdout(sys.stderr):
+            tensors = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise _not_downloaded(name, entry.url, error) from error
     preset = entry.transforms()
@@ -250,15 +288,11 @@ def _of_torchvision(name: str, weights: str) -> Pretrained:
     return Pretrained(tensors, source, tuple(preset.mean), tuple(preset.std))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _not_downloaded(name: str, place: str, error: Exception) -> UsageError:
-    return UsageError(
+def _not_downloaded(name: str, place: str, error: Exception) -> InputError:
+    return InputError(
         f"The weights of {name} could not be downloaded.",
         where=place,
-        why=_first_line(error),
+        why=first_line(error),
         do="Connect to the network, fetch the file elsewhere and pass --weights FILE, "
         "or train without --weights.",
     )

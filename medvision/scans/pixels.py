@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medvision.errors import InputError
+from medvision.errors import InputError, first_line
 from medvision.progress import Progress, ProgressCallback
 from medvision.scans.instance import Instance
 
@@ -70,7 +70,7 @@ def read_slice(instance: Instance) -> tuple[NDArray, int, list[str]]:
         raise InputError(
             "A slice's pixels cannot be decoded.",
             where=instance.path,
-            why=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            why=first_line(error),
             do="fetch the file again, or convert it to Explicit VR Little Endian.",
         ) from error
     if instance.modality != "CT":

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from medvision.detector import DetectorConfig
 from medvision.device import choose_device
+from medvision.models.family import build_model
 from medvision.models.unet_config import UNetConfig
 from medvision.progress import ProgressCallback, StopCallback, ignore_progress, never_stop
 from medvision.training.cache import CachedCase
@@ -65,6 +66,7 @@ class DryRun:
     lesions: dict[str, int]
     held_out_lesions: dict[str, int]
     left_out: tuple[tuple[str, str], ...]
+    refused: tuple[str, ...]
     pixel_mm: float
     sizes: LesionSizes
     parameters: int
@@ -99,8 +101,9 @@ def dry_run(
         detector = fit_detector(cases, config, pixel_mm)
         trainer = make_trainer(config, detector, cases, device)
         sizes = lesion_sides(cases.training)
-        levels = describe_levels(trainer, detector, sizes)
+        # The cost first: its peak of memory must not be that of the receptive fields.
         cost = measure_cost(trainer, detector, cases, prepared, on_progress, should_stop)
+        levels = describe_levels(detector, sizes)
         return DryRun(
             settings=_resolved(config, detector, sources or {}),
             class_names=detector.class_names,
@@ -110,6 +113,7 @@ def dry_run(
             lesions=count_lesions(cases.training),
             held_out_lesions=count_lesions(cases.validation),
             left_out=cases.left_out,
+            refused=cases.refused,
             pixel_mm=detector.pixel_mm,
             sizes=_percentiles(sizes, detector.pixel_mm),
             parameters=sum(value.numel() for value in trainer.network.parameters()),
@@ -155,13 +159,14 @@ def _percentiles(sides: NDArray[np.float64], pixel_mm: float) -> LesionSizes:
 
 
 def describe_levels(
-    trainer: Trainer, detector: DetectorConfig, sides: NDArray[np.float64]
+    detector: DetectorConfig, sides: NDArray[np.float64]
 ) -> tuple[PyramidLevel, ...]:
     """Return the levels of the network's pyramid against the lesions' ``sides`` (pixels).
 
-    A U-Net's levels are the maps of its decoder.
+    A U-Net's levels are the maps of its decoder. The network is a new one: no convolution has moved yet.
     """
-    network, model = trainer.network, detector.model
+    model = detector.model
+    network = build_model(model, detector.stack.n_slices, len(detector.class_names))
     part = "pyramid" if hasattr(network, "pyramid") else "decoder"
     fields = receptive_fields(network, part, detector.stack.n_slices, model.strides[-1])
     anchors = getattr(model, "anchor_sizes", ()) or [()] * len(fields)

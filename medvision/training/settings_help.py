@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 DEFAULT = "default"
 _NEAR = 0.6
 """Likeness (difflib's ratio, 0..1) from which a name is offered; difflib's own cutoff."""
+_MANY = 20
+"""More names than that are not listed."""
 _MUCH_LESS = 0.15
 """A name so much less alike than the best is not offered beside it."""
 
@@ -89,7 +91,11 @@ def suggestion(key: str, names: Iterable[str]) -> str:
     """Return what to tell somebody who wrote ``key``, which is not among ``names``."""
     known = sorted(names)
     close = nearest_settings(key, known)
-    return f"Did you mean {', '.join(close)}?" if close else f"Known: {', '.join(known)}."
+    if close:
+        return f"Did you mean {', '.join(close)}?"
+    if len(known) > _MANY:
+        return "See medvision train --schema, or --dry-run, for all that there are."
+    return f"Known: {', '.join(known)}."
 
 
 class _Choice(NamedTuple):
