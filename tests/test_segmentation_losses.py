@@ -178,11 +178,10 @@ def test_class_weights_single_out_a_class(name: str) -> None:
         others = torch.where(maps == 2, maps, IGNORED)
         torch.testing.assert_close(found, loss(name, logits, SegmentationTruth(others)))
     else:
-        index = tversky_index(logits, only, 0.5, 0.5)
-        if name == "dice":
-            torch.testing.assert_close(found, 1 - index[1])
-        else:
-            assert found < 1
+        costs = (0.5, 0.5) if name == "dice" else (DEFAULT.tversky_alpha, DEFAULT.tversky_beta)
+        power = DEFAULT.focal_tversky_power if name == "focal_tversky" else 1
+        index = tversky_index(logits, only, *costs)[1]
+        torch.testing.assert_close(found, (1 - index) ** power)
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 5))
