@@ -34,7 +34,7 @@ class SamplingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    crop_size: int = Field(96, ge=32, multiple_of=16, description="side of a crop, pixels")
+    crop_size: int = Field(96, ge=32, le=2048, multiple_of=16, description="side of a crop, pixels")
     lesion_share: float = Field(0.3, ge=0, le=1, description="share of crops centred near a lesion")
     hard_share: float = Field(
         0.2,
@@ -49,7 +49,7 @@ class SamplingConfig(BaseModel):
         0.7, ge=0, le=1, description="share of crops into which a lesion of some scan is pasted"
     )
     paste_zoom: tuple[float, float] = Field(
-        (0.6, 1.3), description="smallest and largest zoom of a pasted lesion against its own size"
+        (0.6, 2.0), description="smallest and largest zoom of a pasted lesion against its own size"
     )
     ignore_slices: int = Field(
         1,
