@@ -35,7 +35,7 @@ HEADING = """# The models on the sample
 Each trained on `data/train` and tested on `data/test` with the settings that `make demo` had on the day of
 the row: so many steps as fitted into its time. Sensitivity is at 1 false positive per volume, with its 95
 percent interval by bootstrap over the volumes. Seconds a volume are those of the whole command `medvision
-predict`: four mirror images of each slice and, but for the U-Net, two more pixel sizes. Made by
+predict`: each slice with its three mirror images and, but for the U-Net, in two more pixel sizes. Made by
 
 ```
 python benchmarks/model_family.py data/ -o runs/family

@@ -76,13 +76,21 @@ def format_rate(per_second: float, unit: str) -> str:
     return f"{format_seconds(1 / per_second)} per {unit.rstrip('s')}"
 
 
+def seconds_left(progress: Progress, pace: Pace) -> float | None:
+    """Return the seconds that a stage still takes by its pace, or by its limit where that ends first."""
+    if not progress.total:
+        return None
+    known = (pace.seconds_left(progress.done, progress.total), progress.seconds_left)
+    return min((left for left in known if left is not None), default=None)
+
+
 def plain_line(progress: Progress, pace: Pace) -> str:
     """Return one line: ``train: 300/1500 steps, 2.9/s, ETA 6:54, loss 0.41``."""
     total = f"/{progress.total}" if progress.total else ""
     parts = [f"{progress.stage}: {progress.done}{total} {progress.unit}"]
     if pace.per_second is not None:
         parts.append(format_rate(pace.per_second, progress.unit))
-    left = pace.seconds_left(progress.done, progress.total) if progress.total else None
+    left = seconds_left(progress, pace)
     if left:
         parts.append(f"ETA {format_seconds(left)}")
     if progress.note:

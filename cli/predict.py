@@ -29,6 +29,7 @@ EPILOG = epilog(
     "medvision predict runs/nodules data/series -o out --engine onnx",
 )
 _LISTED_FAILURES = 10
+_LISTED_NOTES = 10
 
 
 class Engine(StrEnum):
@@ -82,7 +83,11 @@ def predict(
         ),
     ] = Engine.torch,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Compute again what OUT holds already.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Compute again also what OUT holds already of the same model, settings and scan.",
+        ),
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -117,6 +122,10 @@ def predict(
     done, kept, failed = (batch.with_status(status) for status in ("done", "kept", "failed"))
     for one in failed[:_LISTED_FAILURES]:
         complain([f"Failed: {one.case_id}: {one.reason}"])
+    notes = [f"Note: {one.case_id}: {note}" for one in done for note in one.notes]
+    for note in notes[:_LISTED_NOTES]:
+        complain([note])
+    replaced = sum(one.replaced for one in done)
     usable = [*done, *kept]
     healthy = sum(one.findings == 0 for one in usable)
     following = f"medvision report {out} --truth LABELS -o {out / 'report.html'}"
@@ -126,7 +135,11 @@ def predict(
             "findings": sum(one.findings for one in usable),
             "candidates": f"{sum(one.candidates for one in usable)} that score less, in findings.json",
             "scans": f"{len(usable) - healthy} with findings, {healthy} without",
+            "notes": f"{len(notes)}, in findings.json" if notes else None,
             "kept": f"{len(kept)} were there already" if kept else None,
+            "replaced": f"{replaced}, of another model, other settings or files"
+            if replaced
+            else None,
             "failed": f"{len(failed)}, reasons in {out / 'summary.json'}" if failed else None,
             "skipped": f"{len(batch.skipped)} paths that are no scan" if batch.skipped else None,
             "output": out,

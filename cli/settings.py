@@ -63,13 +63,25 @@ def parse_settings(
             raise UsageError("--set takes KEY=VALUE.", where=f"--set {pair}")
         if _part_of(key, tables) not in names:
             raise UsageError(
-                f"There is no setting {key!r}.", where=f"--set {pair}", do=suggestion(key, names)
+                f"There is no setting {key!r}.", where=f"--set {pair}", do=_remedy(key, names)
             )
         try:
             settings[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UsageError("The value is not valid YAML.", where=f"--set {pair}") from error
     return settings
+
+
+def _remedy(key: str, names: Sequence[str]) -> str:
+    inside = [name for name in names if name.startswith(f"{key}.")]
+    if not inside:
+        return suggestion(key, names)
+    named = f"{key}.name"
+    if named in inside:
+        return f"It is a part with settings of its own; to choose which, set {named}."
+    return (
+        f"It is a part; set what is in it, as {inside[0]}=..., or give the part in a --config file."
+    )
 
 
 def _part_of(key: str, tables: Sequence[str]) -> str:

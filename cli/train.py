@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from medvision.cli.errors import complain
 from medvision.cli.options import (
     Debug,
     Json,
@@ -20,9 +21,13 @@ from medvision.cli.options import (
 )
 from medvision.cli.session import Session
 from medvision.cli.settings import resolve_config
+from medvision.errors import UsageError
 
 if TYPE_CHECKING:
     from medvision.training.config import TrainConfig
+    from medvision.training.train import TrainSummary
+
+_LISTED = 10
 
 EPILOG = epilog(
     "medvision train data/train -o runs/nodules",
@@ -141,7 +146,10 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the interrupted run in RUN.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the interrupted run in RUN, which must hold one."
+        ),
     ] = False,
     dry_run: Annotated[
         bool,
@@ -163,7 +171,7 @@ def train(
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
-) -> None:
+) -> int:
     """Train a lesion detector on a folder of labelled scans.
 
     Settings are taken from the defaults, then from --config, then from --set and the other
@@ -172,7 +180,7 @@ def train(
     """
     session: Session = context.obj
     session.start(json=json, quiet=quiet, debug=debug)
-    check_holds_scan(data)
+    check_holds_scan(data, do=f"Put scans into {data / 'scans'} and labels into {data / 'labels'}.")
     check_new_run(run, resume=resume)
     check_writable(run)
     chosen = {
@@ -186,6 +194,8 @@ def train(
     }
     if resume and config is None:
         config = _settings_of(run)
+        if config is not None and model is not None:
+            _check_same_model(config, model)
     train_config, sources = resolve_config(config, settings or [], chosen)
     if dry_run:
         return _dry_run(session, data, train_config, sources)
@@ -197,18 +207,17 @@ def train(
             data, run, train_config, resume=resume, on_progress=on_progress, should_stop=should_stop
         )
     following = f"medvision predict {run} SCANS -o out"
-    for case_id, reason in done.left_out:
-        session.log(f"left out {case_id}: {reason}")
+    _tell_left_out(session, done.left_out)
     lesions = ", ".join(f"{count} {name}" for name, count in done.lesions.items())
-    session.finish(
-        "Trained",
+    return session.finish(
+        "Finished before: nothing was left to train" if done.was_finished else "Trained",
         {
-            "steps": f"{done.steps} of {done.planned_steps}, on {done.device}",
+            "steps": _steps(done),
             "scans": f"{done.training_scans} to train on, {done.validation_scans} held out",
             "lesions": lesions,
             "transfer": done.transfer if train_config.weights else None,
-            "left out": f"{len(done.left_out)} scans, see the log" if done.left_out else None,
-            "held-out CPM": _rounded(done.validation_cpm),
+            "left out": f"{len(done.left_out)}, reasons above" if done.left_out else None,
+            "held-out CPM": _held_out(done),
             "sensitivity": _rounded(done.validation_sensitivity_at_1_fp, " at 1 false positive"),
             "proposal recall": _rounded(done.proposal_recall, " of the lesions' boxes"),
             "output": run,
@@ -216,7 +225,33 @@ def train(
             "next": following,
         },
         {"summary": done, "output": run, "next": following},
+        exit_code=4 if done.refused else 0,
     )
+
+
+def _held_out(done: TrainSummary) -> str | None:
+    if done.validation_cpm is not None or done.was_finished:
+        return _rounded(done.validation_cpm)
+    if not done.validation_scans:
+        return None
+    return "none: no lesion was held out, so nothing says which weights are best: the last are kept"
+
+
+def _steps(done: TrainSummary) -> str:
+    ended = ""
+    if done.steps < done.planned_steps:
+        ended = ": those that fitted into the time limit (--max-minutes)"
+    return f"{done.steps} of {done.planned_steps}, on {done.device}{ended}"
+
+
+def _tell_left_out(session: Session, left_out: tuple[tuple[str, str], ...]) -> None:
+    """Name what was left out on stderr, the first ones, and all of it in the log."""
+    for case_id, reason in left_out:
+        session.log(f"left out {case_id}: {reason}")
+    for case_id, reason in left_out[:_LISTED]:
+        complain([f"Left out: {case_id}: {reason}"])
+    if len(left_out) > _LISTED:
+        complain([f"Left out: {len(left_out) - _LISTED} more; --json lists all."])
 
 
 def _settings_of(run: Path) -> Path | None:
@@ -226,7 +261,20 @@ def _settings_of(run: Path) -> Path | None:
     return file if file.is_file() else None
 
 
-def _dry_run(session: Session, data: Path, config: TrainConfig, sources: dict[str, str]) -> None:
+def _check_same_model(config: Path, model: Model) -> None:
+    """Raise UsageError if the run's settings are of another model: it would not know most of them."""
+    from medvision.training.config import read_settings
+
+    started = read_settings(config).get("model", {}).get("name", DEFAULTS["model"])
+    if started != model.value:
+        raise UsageError(
+            f"The run was started with --model {started}, not {model.value}.",
+            where=config,
+            do="Leave out --model, or train into a new folder.",
+        )
+
+
+def _dry_run(session: Session, data: Path, config: TrainConfig, sources: dict[str, str]) -> int:
     from medvision.cli.dry_run import print_dry_run
     from medvision.training.dry_run import dry_run
     from medvision.training.settings_help import settings_schema
@@ -235,12 +283,12 @@ def _dry_run(session: Session, data: Path, config: TrainConfig, sources: dict[st
         found = dry_run(data, config, sources, on_progress=on_progress, should_stop=should_stop)
     if not session.json:
         print_dry_run(found)
-    for case_id, reason in found.left_out:
-        session.log(f"left out {case_id}: {reason}")
-    session.finish(
+    _tell_left_out(session, found.left_out)
+    return session.finish(
         "Nothing was written: this was a dry run",
         {"next": "the same command without --dry-run"},
         {"dry_run": found, "settings_schema": settings_schema(type(config))},
+        exit_code=4 if found.refused else 0,
     )
 
 

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from medvision.datasets.discover import find_dataset_scans
 from medvision.errors import (
-    InputError,
     Interrupted,
     MedvisionError,
     ResourceError,
@@ -28,7 +27,7 @@ from medvision.findings.finding import ScanFindings
 from medvision.outputs.case_folder import SUMMARY_FILE, count_kept, folder_name, write_case_folder
 from medvision.outputs.json_csv import INTENDED_USE
 from medvision.progress import Progress, ProgressCallback, StopCallback, ignore_progress, never_stop
-from medvision.scans.instance import read_instance
+from medvision.scans.choose import choose_series
 from medvision.scans.load import ScanReference, read_reference
 from medvision.scans.volume import Volume
 
@@ -63,6 +62,10 @@ class CaseOutcome:
     candidates: int = 0
     seconds: float = 0.0
     reason: str = ""
+    replaced: bool = False
+    """Findings of another model, other settings or other files were there."""
+    notes: tuple[str, ...] = ()
+    """What the reader repaired or assumed, in sentences."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def predict_scans(
     config_sha256 = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
     on_progress(Progress("find scans", 0, 0, "scans"))
     references, skipped = find_dataset_scans(Path(inputs))
-    references = _choose(references, series, inputs)
+    references = choose_series(references, series, inputs)
     predictor = load_predictor(run, engine, device, score_thresh)
     return predict_references(
         predictor,
@@ -186,9 +189,11 @@ class _Work:
         name = folder_name(reference.case_id)
         try:
             source = self._source(reference)
-            status, counts = "kept", None if self.overwrite else count_kept(self.out / name, source)
-            if counts is None:
-                status, counts = "done", self._predict(reference, name, source)
+            counts = None if self.overwrite else count_kept(self.out / name, source)
+            if counts is not None:
+                return CaseOutcome(reference.case_id, "kept", name, *counts, _since(started))
+            replaced = not self.overwrite and (self.out / name / "findings.json").exists()
+            counts, notes = self._predict(reference, name, source)
         except (ResourceError, Interrupted):
             raise
         except Exception as error:
@@ -196,7 +201,15 @@ class _Work:
             reason = _reason(error)
             _LOG.error("%s failed: %s\n%s", reference.case_id, reason, traceback.format_exc())
             return CaseOutcome(reference.case_id, "failed", seconds=_since(started), reason=reason)
-        return CaseOutcome(reference.case_id, status, name, *counts, _since(started))
+        return CaseOutcome(
+            reference.case_id,
+            "done",
+            name,
+            *counts,
+            _since(started),
+            replaced=replaced,
+            notes=notes,
+        )
 
     def _source(self, reference: ScanReference) -> dict[str, Any]:
         """Return what decides about the outcome: the scan's files, the weights, the settings."""
@@ -216,39 +229,12 @@ class _Work:
 
     def _predict(
         self, reference: ScanReference, name: str, source: dict[str, Any]
-    ) -> tuple[int, int]:
+    ) -> tuple[tuple[int, int], tuple[str, ...]]:
+        """Return the numbers of findings and candidates, and what was repaired or assumed."""
         volume = read_reference(reference, on_progress=self.on_progress)
         found = self.predictor(volume, case_id=reference.case_id, on_progress=self.on_progress)
         write_case_folder(self.out / name, volume, found, source, self.window_hu)
-        return len(found.findings), len(found.candidates)
-
-
-def _choose(
-    references: Sequence[ScanReference], series: str | int | None, inputs: Path
-) -> list[ScanReference]:
-    if series is None:
-        return list(references)
-    wanted = str(series).strip()
-    chosen = [one for one in references if _is_series(one, wanted)]
-    if not chosen:
-        known = [f"{one.case_id} {one.description!r}" for one in references[:10]]
-        raise InputError(
-            f"No series has the UID, number or description {wanted!r}.",
-            where=inputs,
-            why=f"found {'; '.join(known)}",
-            do="Give one of these UIDs or descriptions.",
-        )
-    return chosen
-
-
-def _is_series(reference: ScanReference, wanted: str) -> bool:
-    if wanted in (reference.case_id, reference.series_instance_uid):
-        return True
-    if reference.description and reference.description.casefold() == wanted.casefold():
-        return True
-    if reference.kind != "dicom" or not wanted.isdigit():
-        return False
-    return str(read_instance(reference.files[0]).series_number) == wanted
+        return (len(found.findings), len(found.candidates)), volume.notes
 
 
 def _raise_if_exhausted(error: Exception, reference: ScanReference) -> None:

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """One report: ``done`` of ``total`` ``unit``s of ``stage``; ``note`` is a short live remark."""
+    """One report: ``done`` of ``total`` ``unit``s of ``stage``; ``note`` is a short live remark.
+
+    ``seconds_left`` is the most that the stage may still take, where a limit says so.
+    """
 
     stage: str
     done: int
     total: int
     unit: str
     note: str = ""
+    seconds_left: float | None = None
 
 
 ProgressCallback = Callable[[Progress], None]

@@ -189,6 +189,27 @@ def early(tmp_path: Path) -> dict[str, tuple[list[str], int]]:
         "predict, empty run": (["predict", f"{empty}", f"{scans}", "-o", f"{tmp_path}/o"], 2),
         "predict, no scan": (["predict", f"{run}", f"{empty}", "-o", f"{tmp_path}/o"], 3),
         "predict, unwritable": (["predict", f"{run}", f"{scans}", "-o", f"{below_a_file}"], 2),
+        "train, nothing to resume": (
+            ["train", f"{scans}", "-o", f"{tmp_path}/none", "--resume"],
+            2,
+        ),
+        "train, resume in another folder": (
+            ["train", f"{scans}", "-o", f"{text}", "--resume"],
+            2,
+        ),
+        "report, output is a folder": (
+            ["report", f"{text}", "--truth", f"{text}", "-o", f"{empty}"],
+            2,
+        ),
+        "report, output is no page": (
+            ["report", f"{text}", "--truth", f"{text}", "-o", f"{tmp_path}/r.json"],
+            2,
+        ),
+        "report, findings are a file": (
+            ["report", f"{text}/note.txt", "--truth", f"{text}", "-o", f"{tmp_path}/r.html"],
+            2,
+        ),
+        "export, output of another format": (["export", f"{run}", "-o", f"{tmp_path}/m.pt"], 2),
         "report, no findings": (
             ["report", f"{tmp_path}/none", "--truth", f"{text}", "-o", f"{tmp_path}/r.html"],
             2,

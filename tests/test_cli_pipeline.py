@@ -28,14 +28,15 @@ TINY = {
     "predict.box_score_thresh": 0,
 }
 
+TINY_WORDS = [part for name, value in TINY.items() for part in ("--set", f"{name}={value}")]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that medvision train made in seconds: all it finds is noise, at 1 percent or so."""
     folder = tmp_path_factory.mktemp("cli")
     write_phantom_dataset(folder / "data", 5, healthy_every=2)
-    settings = [part for name, value in TINY.items() for part in ("--set", f"{name}={value}")]
-    assert main(["train", str(folder / "data"), "-o", str(folder / "run"), *settings]) == 0
+    assert main(["train", str(folder / "data"), "-o", str(folder / "run"), *TINY_WORDS]) == 0
     return folder / "run"
 
 
@@ -104,6 +105,65 @@ def test_one_bad_scan_is_named_and_the_rest_is_done(
     page = str(tmp_path / "report.html")
     assert main(["report", str(out), "--truth", str(data), "-o", page]) == 4
     assert names[0] in capsys.readouterr().err
+
+
+def test_a_refused_scan_is_named_by_train_and_ends_with_4(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_phantom_dataset(tmp_path / "data", 5)
+    scans = sorted((tmp_path / "data" / "scans").iterdir())
+    scans[0].write_bytes(scans[0].read_bytes()[:2000])
+    broken, unread = (path.name.removesuffix(".nii.gz") for path in scans[:2])
+    words = ["train", str(tmp_path / "data"), "-o", str(tmp_path / "run"), *TINY_WORDS]
+    assert main([*words, "--dry-run"]) == 4
+    assert f"Left out: {broken}: " in capsys.readouterr().err
+    assert main(words) == 4
+    assert f"Left out: {broken}: " in capsys.readouterr().err
+    # What nobody read is no failure.
+    scans[0].unlink()
+    for label in (tmp_path / "data" / "labels").glob(f"{broken}*"):
+        label.unlink()
+    for label in (tmp_path / "data" / "labels").glob(f"{unread}*"):
+        label.unlink()
+    words[3] = str(tmp_path / "other")
+    assert main(words) == 0
+    assert f"Left out: {unread}: no label file" in capsys.readouterr().err
+
+
+def test_a_run_that_is_over_says_so(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(run.parent / "data")
+    assert main(["train", data, "-o", str(run), "--resume"]) == 0
+    assert "nothing was left to train" in capsys.readouterr().out
+    assert main(["train", data, "-o", str(run), "--resume", "--model", "unet"]) == 2
+    assert "started with --model retinanet, not unet" in capsys.readouterr().err
+    assert main(["train", data, "-o", str(run), "--resume", "--set", "batch_size=4"]) == 2
+    assert "batch_size was 2, now 4" in capsys.readouterr().err
+
+
+def test_findings_of_another_model_are_not_replaced_in_silence(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_phantom_dataset(tmp_path / "data", 1)
+    words = ["predict", str(run), str(tmp_path / "data" / "scans"), "-o", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "replaced" not in capsys.readouterr().out
+    assert main([*words, "--score-thresh", "0.9"]) == 0
+    assert "replaced" in capsys.readouterr().out
+    assert main([*words, "--score-thresh", "0.9"]) == 0
+    assert "kept" in capsys.readouterr().out
+
+
+def test_the_report_keeps_its_log_apart(run: Path, tmp_path: Path) -> None:
+    write_phantom_dataset(tmp_path / "data", 1)
+    (tmp_path / "log.txt").write_text("mine")
+    out = tmp_path / "out"
+    assert main(["predict", str(run), str(tmp_path / "data" / "scans"), "-o", str(out)]) == 0
+    words = ["report", str(out), "--truth", str(tmp_path / "data"), "-o", str(tmp_path / "r.html")]
+    assert main(words) == 0
+    assert (tmp_path / "log.txt").read_text() == "mine"
+    assert "medvision report" in (tmp_path / "r.log").read_text()
 
 
 def test_nothing_that_works_is_refused_with_3(run: Path, tmp_path: Path) -> None:

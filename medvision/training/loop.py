@@ -135,6 +135,11 @@ class Clock:
         """Seconds trained, over all sessions of the run."""
         return self._now() - self._start
 
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds that training may still take, without what comes after it; None without a limit."""
+        return max(0.0, self.limit - self.reserved - self.seconds) if self.limit else None
+
     def progress(self, step: int) -> float:
         """Return 0..1. With steps left when the minutes end, the learning rate still comes down.
 

@@ -22,6 +22,7 @@ from medvision.models.roi_levels import fit_level_rule
 from medvision.models.two_stage_config import MaskRCNNConfig, TwoStageConfig
 from medvision.models.unet_config import UNetConfig
 from medvision.progress import Progress, ProgressCallback
+from medvision.scans.load import LABEL_FOLDER
 from medvision.stacks.config import StackConfig
 from medvision.training.cache import CachedCase, cache_case
 from medvision.training.config import TrainConfig
@@ -33,12 +34,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The two sides of the split and what was left out, with reasons."""
+    """The two sides of the split and what was left out, with reasons; ``refused`` are the labelled of these."""
 
     training: list[CachedCase]
     validation: list[CachedCase]
     class_names: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
+    refused: tuple[str, ...] = ()
 
 
 def prepare_data(
@@ -55,15 +57,17 @@ def prepare_data(
     left_out += [(Path(place).name, problem) for place, problem in dataset.problems]
     pixel_mm = config.stack.pixel_mm
     if pixel_mm is None:
-        pixel_mm = _median_pixel_mm(dataset.cases, left_out)
+        pixel_mm = _median_pixel_mm(data, dataset.cases, left_out)
     cached: list[CachedCase] = []
     used: list[Case] = []
+    refused: list[str] = []
     for number, case in enumerate(dataset.cases, start=1):
         try:
             item = cache_case(load_case(case), run / CACHE_FOLDER, pixel_mm, config.stack.window_hu)
             cached.append(item)
             used.append(case)
         except MedvisionError as error:
+            refused.append(case.case_id)
             left_out.append((case.case_id, str(error)))
         on_progress(Progress("prepare", number, len(dataset.cases), "scans"))
     training, validation = _split(used, cached, config)
@@ -77,7 +81,7 @@ def prepare_data(
         )
     _check_class_weights(classes, config)
     _check_outlines(training, classes, config.model, data)
-    return TrainingData(training, validation, classes, tuple(left_out)), pixel_mm
+    return TrainingData(training, validation, classes, tuple(left_out), tuple(refused)), pixel_mm
 
 
 def _check_class_weights(classes: tuple[str, ...], config: TrainConfig) -> None:
@@ -122,7 +126,7 @@ def _first_reason(left_out: list[tuple[str, str]]) -> str | None:
     return f"{len(left_out)} left out; the first is {name}: {reason.splitlines()[0]}"
 
 
-def _median_pixel_mm(cases: tuple[Case, ...], left_out: list[tuple[str, str]]) -> float:
+def _median_pixel_mm(data: Path, cases: tuple[Case, ...], left_out: list[tuple[str, str]]) -> float:
     """Return the median in-plane pixel of up to 50 scans, spread over the data."""
     sizes = []
     for case in cases[:: max(1, len(cases) // 50)]:
@@ -133,8 +137,11 @@ def _median_pixel_mm(cases: tuple[Case, ...], left_out: list[tuple[str, str]]) -
     if not sizes:
         raise InputError(
             "Training needs at least one readable scan with labels; there is none.",
+            where=data,
             why=_first_reason(left_out),
-            do="Put labels into labels/ beside scans/, with the scans' names.",
+            do=f"Pass {data.parent}, which holds labels/."
+            if (data.parent / LABEL_FOLDER).is_dir()
+            else "Put labels into labels/ beside scans/, with the scans' names.",
         )
     return round(float(np.median(sizes)), 4)
 

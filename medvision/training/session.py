@@ -97,7 +97,7 @@ class Session:
             self._guard.note(losses is not None, names)
             state.step += 1
             state.seconds = clock.seconds
-            self._tell(losses)
+            self._tell(losses, clock.seconds_left)
             self._stop_if_asked()
             if monotonic() - saved > CHECKPOINT_SECONDS:
                 self._save()
@@ -132,11 +132,13 @@ class Session:
         save_hard_negatives(self.run, self.state.step, found)
         self._record({"kind": "hard negatives", "places": len(found)})
 
-    def _tell(self, losses: dict[str, float] | None) -> None:
+    def _tell(self, losses: dict[str, float] | None, seconds_left: float | None) -> None:
         note = "loss not finite, step skipped" if losses is None else f"loss {losses['loss']:.3f}"
         if self.state.best_score is not None:
             note += f", validation CPM {self.state.best_score:.3f}"
-        self.on_progress(Progress("train", self.state.step, self.config.steps, "steps", note))
+        self.on_progress(
+            Progress("train", self.state.step, self.config.steps, "steps", note, seconds_left)
+        )
         if losses is not None and self.state.step % LOG_EVERY == 0:
             self._record({"kind": "train", **losses})
 

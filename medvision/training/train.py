@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from medvision.detector import (
     to_json,
 )
 from medvision.device import Device, choose_device
-from medvision.errors import InputError, UsageError
+from medvision.errors import UsageError
 from medvision.files import atomic_write_text, remove_partial
 from medvision.models.family import (
     ENCODERS,
@@ -37,12 +35,13 @@ from medvision.models.family import (
 from medvision.models.family_config import backbone_name, must_learn
 from medvision.models.weights import check_weights, load_pretrained
 from medvision.progress import ProgressCallback, StopCallback, ignore_progress, never_stop
-from medvision.training.checkpoint import TrainState, read_state, restore_checkpoint
+from medvision.training.checkpoint import TrainState, restore_checkpoint
 from medvision.training.config import CONFIG_FILE, TrainConfig
 from medvision.training.hard_negatives import HARD_NEGATIVES_FILE
 from medvision.training.loop import Trainer
 from medvision.training.prepare import TrainingData, count_lesions, fit_detector, prepare_data
 from medvision.training.recall import ALL
+from medvision.training.resume import SPLIT_FILE, check_same_split, open_run
 from medvision.training.session import METRICS_FILE, Session
 from medvision.training.transfer import (
     TransferPlan,
@@ -51,7 +50,6 @@ from medvision.training.transfer import (
     plan_transfer,
 )
 
-SPLIT_FILE = "split.json"
 logger = logging.getLogger(__name__)
 
 
@@ -59,7 +57,8 @@ logger = logging.getLogger(__name__)
 class TrainSummary:
     """What a run did. Figures of validation are None where no lesion was held out.
 
-    ``proposal_recall`` is of the two-stage models alone.
+    ``proposal_recall`` is of the two-stage models alone. ``left_out`` has scans and files with the reason;
+    ``refused`` are the scans among them that have labels, and could not be used.
     """
 
     run: Path
@@ -70,6 +69,7 @@ class TrainSummary:
     validation_scans: int
     lesions: dict[str, int]
     left_out: tuple[tuple[str, str], ...]
+    refused: tuple[str, ...]
     validation_cpm: float | None
     validation_sensitivity_at_1_fp: float | None
     proposal_recall: float | None
@@ -77,6 +77,8 @@ class TrainSummary:
     skipped_steps: int
     device: str
     transfer: str
+    was_finished: bool = False
+    """Nothing was left to do when this sitting began."""
 
 
 def train(
@@ -107,38 +109,10 @@ def train(
         ) from error
     try:
         remove_partial(run)
-        state = _open_run(run, config, resume)
+        state = open_run(run, config, resume)
         return _train(data, run, config, state, on_progress, should_stop)
     finally:
         lock.release()
-
-
-def _open_run(run: Path, config: TrainConfig, resume: bool) -> TrainState:
-    """Return the state to go on from; check that it fits what is asked for."""
-    found = read_state(run)
-    digest = _settings_digest(config)
-    if found is None or not (resume or found.step):
-        return TrainState(settings_sha256=digest)
-    if not resume:
-        raise UsageError(
-            f"The run folder already holds a run of {found.step} steps.",
-            where=run,
-            do="Pass --resume to go on with it, or name another folder.",
-        )
-    if found.settings_sha256 != digest:
-        raise UsageError(
-            "A run can only be resumed with the settings it was started with.",
-            where=run / CONFIG_FILE,
-            do="Leave the settings out or repeat them; for others, train into a new folder.",
-        )
-    return found
-
-
-def _settings_digest(config: TrainConfig) -> str:
-    """Hash the settings that shape the weights; where and how fast they are computed may change."""
-    free = {"device", "precision", "workers", "max_minutes"}
-    values = config.model_dump(mode="json", exclude=free)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _train(
@@ -156,7 +130,7 @@ def _train(
         detector = load_detector_config(run)
         fitted = config.model_copy(update={"stack": detector.stack})
         cases, _ = prepare_data(data, run, fitted, on_progress)
-        _check_same_split(run, cases)
+        check_same_split(run, cases)
     else:
         cases, pixel_mm = prepare_data(data, run, config, on_progress)
         detector = fit_detector(cases, config, pixel_mm)
@@ -165,6 +139,7 @@ def _train(
     if state.step:
         restore_checkpoint(run, state, trainer.network, trainer.average, trainer.optimizer)
     session = Session(run, config, detector, cases, trainer, state, on_progress, should_stop)
+    was_finished = state.finished
     last = session.go()
     return TrainSummary(
         run=run,
@@ -175,6 +150,7 @@ def _train(
         validation_scans=len(cases.validation),
         lesions=count_lesions(cases.training),
         left_out=cases.left_out,
+        refused=cases.refused,
         validation_cpm=last.cpm if last else None,
         validation_sensitivity_at_1_fp=last.sensitivity_at_1_fp if last else None,
         proposal_recall=last.proposals[ALL].share if last and last.proposals else None,
@@ -182,6 +158,7 @@ def _train(
         skipped_steps=state.skipped_steps,
         device=device.name,
         transfer=trainer.plan.why,
+        was_finished=was_finished,
     )
 
 
@@ -189,27 +166,6 @@ def check_before_reading(config: TrainConfig) -> None:
     """Refuse before any scan is read a backbone, or weights of it, that cannot be. UsageError."""
     check_backbone(config.model, config.stack.n_slices)
     check_weights(backbone_name(config.model), config.weights)
-
-
-def _check_same_split(run: Path, cases: TrainingData) -> None:
-    """Refuse to go on with other scans: who was held out must stay held out."""
-    path = run / SPLIT_FILE
-    try:
-        split = json.loads(path.read_text(encoding="utf-8"))
-        before = [set(split["training"]), set(split["validation"])]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{SPLIT_FILE} is not one that medvision wrote.", where=path, why=str(error)
-        ) from error
-    now = [{case.case_id for case in side} for side in (cases.training, cases.validation)]
-    if before != now:
-        changed = sorted((before[0] ^ now[0]) | (before[1] ^ now[1]))
-        raise UsageError(
-            "A run can only be resumed on the scans it was started with.",
-            where=path,
-            why=f"{len(changed)} scans are new, gone or on the other side, {changed[0]} first.",
-            do="Restore the data, or train into a new folder.",
-        )
 
 
 def _write_run_files(
