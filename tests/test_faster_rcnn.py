@@ -24,6 +24,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou
 from torchvision_support import resnet18_fpn, seen_by, shake
 
 from medvision.errors import UsageError
+from medvision.models.deformable_roi import DeformRoIAlign
 from medvision.models.faster_rcnn import (
     FasterRCNN,
     FasterRCNNCriterion,
@@ -595,6 +596,36 @@ def test_a_shift_by_the_coarsest_stride_shifts_what_is_proposed() -> None:
             # From place to place of one anchor shape the outputs differ, or any shift would do.
             assert expected.std(dim=(0, 1)).min() > 1e-3
             torch.testing.assert_close(after.reshape(grid)[there], expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["align", "deformable"])
+def test_a_shift_by_the_coarsest_stride_shifts_what_is_found(pooling: str) -> None:
+    torch.manual_seed(0)
+    regions = MASK.regions.model_copy(update={"pooling": pooling})
+    network = build_faster_rcnn(MASK.model_copy(update={"regions": regions}), 1, 2).eval()
+    nn.init.normal_(network.proposal_head.objectness.weight)
+    for part in network.modules():
+        if isinstance(part, DeformRoIAlign):
+            nn.init.normal_(part.fc.weight, std=0.1)  # bins that do not move are RoIAlign's
+    image = torch.zeros(1, 1, 256, 320)
+    image[:, :, 120:130, 118:131] = 1.0
+    nn.init.normal_(network.mask_branch.head.mask.weight)  # masks of some pixels, not all or none
+    kept = {"score_thresh": 0.0, "nms_thresh": 0.5, "detections_per_img": 100}
+    before = network.select(network(image), **kept)[0]
+    after = network.select(network(image.roll((16, 32), dims=(2, 3))), **kept)[0]
+    x1, y1, x2, y2 = before["boxes"].unbind(dim=1)
+    # Away from the edges, where padding shows.
+    inner = torch.where((x1 > 80) & (x2 < 180) & (y1 > 80) & (y2 < 170))[0]
+    assert len(inner) > 3
+    shifted = before["boxes"][inner] + torch.tensor([32.0, 16, 32, 16])
+    overlap, row = box_iou(shifted, after["boxes"]).max(dim=1)
+    assert overlap.min() > 0.999
+    torch.testing.assert_close(after["scores"][row], before["scores"][inner], atol=1e-5, rtol=1e-4)
+    assert before["scores"][inner].std() > 1e-4
+    assert before["masks"][inner].any(dim=(1, 2)).any()
+    masks = before["masks"][inner].roll((16, 32), dims=(1, 2))
+    assert (masks != after["masks"][row]).float().mean() < 1e-4
 
 
 def test_draws_follow_the_weights_so_that_a_resumed_run_is_the_same() -> None:
