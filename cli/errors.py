@@ -10,7 +10,7 @@ import errno
 import sys
 import textwrap
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ EXIT_CODES = {
     130: "interrupted (143: terminated), resumable",
 }
 MAX_LINES = 6
+_LISTED = 10
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -137,6 +138,15 @@ def _wrap(text: str, indent: str, width: int, most: int) -> list[str]:
         placeholder=" ...",
         drop_whitespace=True,
     )
+
+
+def complain_of(kind: str, items: Sequence[str], rest_in: str) -> None:
+    """Write the first of several remarks of one kind to stderr, and how many more there are and where."""
+    more = len(items) - _LISTED
+    lines = [f"{kind}: {item}" for item in items[:_LISTED]]
+    lines += [f"{kind}: {more} more, in {rest_in}"] if more > 0 else []
+    if lines:
+        complain(lines)
 
 
 def complain(lines: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from medvision.cli.errors import complain
+from medvision.cli.errors import complain_of
 from medvision.cli.options import (
     Debug,
     Device,
@@ -28,8 +28,6 @@ EPILOG = epilog(
     "medvision predict runs/nodules scan.nii.gz -o out --score-thresh 0.3",
     "medvision predict runs/nodules data/series -o out --engine onnx",
 )
-_LISTED_FAILURES = 10
-_LISTED_NOTES = 10
 
 
 class Engine(StrEnum):
@@ -120,11 +118,9 @@ def predict(
             engine=engine.value,
         )
     done, kept, failed = (batch.with_status(status) for status in ("done", "kept", "failed"))
-    for one in failed[:_LISTED_FAILURES]:
-        complain([f"Failed: {one.case_id}: {one.reason}"])
-    notes = [f"Note: {one.case_id}: {note}" for one in done for note in one.notes]
-    for note in notes[:_LISTED_NOTES]:
-        complain([note])
+    notes = [f"{one.case_id}: {note}" for one in done for note in one.notes]
+    complain_of("Failed", [f"{one.case_id}: {one.reason}" for one in failed], "summary.json")
+    complain_of("Note", notes, "summary.json")
     replaced = sum(one.replaced for one in done)
     usable = [*done, *kept]
     healthy = sum(one.findings == 0 for one in usable)
@@ -135,7 +131,7 @@ def predict(
             "findings": sum(one.findings for one in usable),
             "candidates": f"{sum(one.candidates for one in usable)} that score less, in findings.json",
             "scans": f"{len(usable) - healthy} with findings, {healthy} without",
-            "notes": f"{len(notes)}, in findings.json" if notes else None,
+            "notes": f"{len(notes)}, in {out / 'summary.json'}" if notes else None,
             "kept": f"{len(kept)} were there already" if kept else None,
             "replaced": f"{replaced}, of another model, other settings or files"
             if replaced

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medvision.cli.errors import complain
+from medvision.cli.errors import complain_of
 from medvision.cli.options import (
     Debug,
     Json,
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from medvision.report.load import LoadedCases
 
 EPILOG = epilog("medvision report out --truth data/series_truth -o out/report.html")
-_LISTED_PROBLEMS = 10
 
 
 def report(
@@ -107,8 +106,7 @@ def report(
             problems=loaded.problems,
         )
         on_progress(Progress("report", 3, 3, "parts"))
-    for problem in loaded.problems[:_LISTED_PROBLEMS]:
-        complain([f"Problem: {problem}"])
+    complain_of("Problem", loaded.problems, "report.json")
     files = {"report": html, "data": data}
     return session.finish(
         f"{scores.scans} scans compared",

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from medvision.cli.options import check_exists
 from medvision.errors import UsageError
-from medvision.training.settings_help import given_names, setting_names, suggestion, table_names
+from medvision.training.settings_help import (
+    given_names,
+    nearest_settings,
+    setting_names,
+    suggestion,
+    table_names,
+)
 
 if TYPE_CHECKING:
     from medvision.training.config import TrainConfig
@@ -75,7 +81,10 @@ def parse_settings(
 def _remedy(key: str, names: Sequence[str]) -> str:
     inside = [name for name in names if name.startswith(f"{key}.")]
     if not inside:
-        return suggestion(key, names)
+        near = nearest_settings(key, names)
+        return (
+            suggestion(key, near) if near else "medvision train --schema describes all there are."
+        )
     named = f"{key}.name"
     if named in inside:
         return f"It is a part with settings of its own; to choose which, set {named}."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medvision.cli.errors import complain
+from medvision.cli.errors import complain_of
 from medvision.cli.options import (
     Debug,
     Json,
@@ -26,8 +26,6 @@ from medvision.errors import UsageError
 if TYPE_CHECKING:
     from medvision.training.config import TrainConfig
     from medvision.training.train import TrainSummary
-
-_LISTED = 10
 
 EPILOG = epilog(
     "medvision train data/train -o runs/nodules",
@@ -248,10 +246,8 @@ def _tell_left_out(session: Session, left_out: tuple[tuple[str, str], ...]) -> N
     """Name what was left out on stderr, the first ones, and all of it in the log."""
     for case_id, reason in left_out:
         session.log(f"left out {case_id}: {reason}")
-    for case_id, reason in left_out[:_LISTED]:
-        complain([f"Left out: {case_id}: {reason}"])
-    if len(left_out) > _LISTED:
-        complain([f"Left out: {len(left_out) - _LISTED} more; --json lists all."])
+    reasons = [f"{case_id}: {reason}" for case_id, reason in left_out]
+    complain_of("Left out", reasons, "the document of --json")
 
 
 def _settings_of(run: Path) -> Path | None:
@@ -265,7 +261,8 @@ def _check_same_model(config: Path, model: Model) -> None:
     """Raise UsageError if the run's settings are of another model: it would not know most of them."""
     from medvision.training.config import read_settings
 
-    started = read_settings(config).get("model", {}).get("name", DEFAULTS["model"])
+    part = read_settings(config).get("model")
+    started = part.get("name", DEFAULTS["model"]) if isinstance(part, dict) else DEFAULTS["model"]
     if started != model.value:
         raise UsageError(
             f"The run was started with --model {started}, not {model.value}.",

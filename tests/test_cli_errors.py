@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from medvision.cli import main as cli_main
-from medvision.cli.errors import MAX_LINES, as_medvision_error, render
+from medvision.cli.errors import MAX_LINES, as_medvision_error, complain_of, render
 from medvision.cli.main import main
 from medvision.cli.options import check_holds_scan, check_writable
 from medvision.cli.settings import merge_settings, parse_settings, resolve_config
@@ -306,6 +306,15 @@ def test_options_win_over_set_and_set_over_the_file(tmp_path: Path) -> None:
     assert (config.steps, config.seed, config.batch_size, config.device) == (30, 21, 12, "auto")
     with pytest.raises(UsageError, match="steps"):
         resolve_config(None, ["steps=none"], {})
+
+
+def test_long_lists_of_remarks_end_in_a_count(capsys: pytest.CaptureFixture[str]) -> None:
+    complain_of("Note", [], "x.json")
+    assert capsys.readouterr().err == ""
+    complain_of("Note", [f"case {number}" for number in range(12)], "x.json")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Note: case 0"
+    assert lines[10:] == ["Note: 2 more, in x.json"]
 
 
 def test_an_unforeseen_error_keeps_its_type() -> None:

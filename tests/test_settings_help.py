@@ -75,6 +75,8 @@ def test_the_nearest_setting_is_the_one_meant(key: str, best: str) -> None:
 
 def test_without_anything_alike_the_known_ones_are_listed() -> None:
     assert suggestion("qqqq", ["b", "a"]) == "Known: a, b."
+    many = [f"name{number}" for number in range(11)]
+    assert suggestion("qqqq", many).endswith(" and 3 more.")
     assert nearest_settings("qqqq", ["b", "a"]) == []
 
 

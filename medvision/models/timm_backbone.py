@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from medvision.errors import UsageError, first_line
 from medvision.models.backbone import Backbone
 from medvision.models.choices import BACKBONES
+from medvision.models.same_padding import SamePadConv2d, fix_padding
 
 TIMM_PREFIX = "timm/"
 
@@ -27,7 +27,7 @@ class TimmFeatures(Backbone):
         self.name = name
         self.in_channels = in_channels
         self.body: Any = _create_timm(name, in_channels)
-        _fix_padding(self.body)
+        fix_padding(self.body)
         self.first_convolution, self.first_norm = _first_layers(self.body, in_channels)
         reductions = list(self.body.feature_info.reduction())
         self.kept = [
@@ -108,45 +108,6 @@ def _create_timm(name: str, in_channels: int) -> Any:
             do="Choose a convolutional model.",
         )
     return model
-
-
-class SamePadConv2d(nn.Conv2d):
-    """TensorFlow's "same" padding, for sides that are multiples of the stride: what is odd comes last.
-
-    timm's Conv2dSame computes it anew from each input's size, which takes an export minutes.
-    """
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Take ``[batch, channel, row, column]`` to a map ``stride`` times smaller."""
-        missing = [
-            max(0, dilation * (kernel - 1) + 1 - stride)
-            for kernel, stride, dilation in zip(
-                self.kernel_size, self.stride, self.dilation, strict=True
-            )
-        ]
-        edges = [part for total in reversed(missing) for part in (total // 2, total - total // 2)]
-        return super().forward(functional.pad(features, edges))
-
-
-def _fix_padding(module: nn.Module) -> None:
-    """Put :class:`SamePadConv2d` in place of timm's Conv2dSame, with its weights."""
-    for name, child in module.named_children():
-        if type(child).__name__ == "Conv2dSame" and isinstance(child, nn.Conv2d):
-            fixed = SamePadConv2d(
-                child.in_channels,
-                child.out_channels,
-                child.kernel_size,  # type: ignore[arg-type]
-                child.stride,  # type: ignore[arg-type]
-                0,
-                child.dilation,  # type: ignore[arg-type]
-                child.groups,
-                child.bias is not None,
-                device="meta",
-            )
-            fixed.weight, fixed.bias = child.weight, child.bias
-            setattr(module, name, fixed)
-        else:
-            _fix_padding(child)
 
 
 def _first_layers(body: nn.Module, in_channels: int) -> tuple[str, str]:

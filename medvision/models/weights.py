@@ -175,7 +175,7 @@ def _fold(
     """Let weights made for normalised colours see -1..1."""
     first = backbone.first_convolution
     weight, bias, mean = f"{first}.weight", f"{first}.bias", f"{backbone.first_norm}.running_mean"
-    if bias in wanted and f"{backbone.first_norm}.weight" in wanted:
+    if bias in wanted and f"{backbone.first_norm}.weight" in wanted and mean not in wanted:
         # Published with a batch norm, whose mean shifts as a bias does; a group norm has none.
         named.setdefault(bias, torch.zeros_like(wanted[bias]))
     if (found.mean, found.std) == PLAIN_INPUT:

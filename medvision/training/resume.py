@@ -13,7 +13,7 @@ from medvision.training.prepare import TrainingData
 from medvision.training.settings_help import flat_settings
 
 SPLIT_FILE = "split.json"
-_FREE = frozenset({"device", "precision", "workers", "max_minutes"})
+_FREE = {"device", "precision", "workers", "max_minutes"}
 """Settings that may change when a run is resumed: where and how fast its weights are computed."""
 
 
@@ -54,7 +54,7 @@ def _differing(run: Path, config: TrainConfig) -> str | None:
 
 def _settings_digest(config: TrainConfig) -> str:
     """Hash the settings that shape the weights; where and how fast they are computed may change."""
-    values = config.model_dump(mode="json", exclude=set(_FREE))
+    values = config.model_dump(mode="json", exclude=_FREE)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 DEFAULT = "default"
 _NEAR = 0.6
 """Likeness (difflib's ratio, 0..1) from which a name is offered; difflib's own cutoff."""
-_MANY = 20
-"""More names than that are not listed."""
+_LISTED = 8
+"""So many names are listed where none is near."""
 _MUCH_LESS = 0.15
 """A name so much less alike than the best is not offered beside it."""
 
@@ -93,9 +93,8 @@ def suggestion(key: str, names: Iterable[str]) -> str:
     close = nearest_settings(key, known)
     if close:
         return f"Did you mean {', '.join(close)}?"
-    if len(known) > _MANY:
-        return "See medvision train --schema, or --dry-run, for all that there are."
-    return f"Known: {', '.join(known)}."
+    more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
+    return f"Known: {', '.join(known[:_LISTED])}{more}."
 
 
 class _Choice(NamedTuple):
