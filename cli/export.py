@@ -50,8 +50,8 @@ def export(
             "--output",
             "-o",
             metavar="FILE",
-            help="File to write; RUN/model.onnx or RUN/model.pt if not given. Its settings go "
-            "into FILE.json.",
+            help="File to write, ending in .onnx or .pt by its format; RUN/model.onnx or RUN/model.pt "
+            "if not given. Its settings go into FILE.json.",
         ),
     ] = None,
     check: Annotated[

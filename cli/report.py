@@ -37,7 +37,13 @@ def report(
         Path, typer.Option("--truth", metavar="LABELS", help="Folder with the reference labels.")
     ],
     page: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The HTML page to write.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The HTML page to write; its log and its figures (.json) go beside it.",
+        ),
     ],
     scans: Annotated[
         Path | None,

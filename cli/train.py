@@ -174,7 +174,8 @@ def train(
 
     Settings are taken from the defaults, then from --config, then from --set and the other
     options; with --resume from the run itself. A scan whose labels hold no lesion is healthy; a
-    scan without labels is left out. A run that is interrupted is saved, and goes on with --resume.
+    scan without labels is left out and named, and so is one that cannot be used, with exit code 4.
+    A run that is interrupted is saved, and goes on with --resume.
     """
     session: Session = context.obj
     session.start(json=json, quiet=quiet, debug=debug)
